@@ -1,0 +1,73 @@
+"""attn_dispatch: one paged-attention contract over every vendor runtime.
+
+    import attn_dispatch as ad
+
+    spec = ad.AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, dtype="bfloat16", block_size=32)
+    attn = ad.attention(spec)                       # the fastest correct backend of this machine
+    cache = attn.allocate(num_blocks=1024)
+    batch = ad.AttentionMetadata.build(query_lens=[5, 1], seq_lens=[5, 130], block_tables=[[7], [3, 9, 0, 4, 1]])
+    out = attn.run(attn.plan(batch), q, k, v, cache)
+
+The platform is detected and the installed backends are ranked when this module is imported; a vendor's library is
+imported when its backend is first used.
+"""
+
+import warnings as _warnings
+
+from attn_dispatch import dispatch as _dispatch
+from attn_dispatch import errors
+from attn_dispatch.attention import Attention, attention
+from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.contract import (
+    CONTRACT_VERSION,
+    HND,
+    NHD,
+    AttentionMetadata,
+    AttentionSpec,
+    CacheLayout,
+    KVCache,
+    LayerParameters,
+)
+from attn_dispatch.dispatch import Explanation, backends, explain, use_backend
+from attn_dispatch.hardware import Platform
+from attn_dispatch.merge import merge_states
+
+platform: Platform = _dispatch.machine()
+"""What this machine is: `.name` ("cpu", "cuda", "rocm", "xpu", "tpu"), `.description`, `.facts`."""
+
+default_backend: str | None = None
+"""The backend that is tried first when none is named, as of import; a spec that it refuses goes to the next."""
+
+try:
+    default_backend = _dispatch.default_backend()
+except errors.EnvironmentVariableError as _error:
+    # Raised again by whatever chooses a backend; importing must still be possible, to be able to say so.
+    _warnings.warn(errors.AttentionDispatchWarning(str(_error)), stacklevel=2)
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "HND",
+    "NHD",
+    "Attention",
+    "AttentionMetadata",
+    "AttentionSpec",
+    "Availability",
+    "Backend",
+    "CacheLayout",
+    "Capabilities",
+    "Explanation",
+    "KVCache",
+    "LayerParameters",
+    "Plan",
+    "Platform",
+    "Refusal",
+    "Verdict",
+    "attention",
+    "backends",
+    "default_backend",
+    "errors",
+    "explain",
+    "merge_states",
+    "platform",
+    "use_backend",
+]

@@ -1,0 +1,212 @@
+"""`Attention`: one layer's spec on its backend. What a user calls; the last check before a vendor's kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from attn_dispatch import dispatch
+from attn_dispatch.backend import Backend, Plan, Verdict
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache, LayerParameters
+from attn_dispatch.contract.arrays import as_library, library_of
+from attn_dispatch.contract.dtypes import dtype_name
+from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, MetadataError, PlanError
+
+__all__ = ["Attention", "attention"]
+
+
+class Attention:
+    """One layer: a spec, the backend that runs it, and what the layer owns.
+
+    Attributes:
+        spec: what the layer needs.
+        backend: who runs it (equal to its name).
+        parameters: the layer's slopes, sinks and scales.
+    """
+
+    def __init__(self, spec: AttentionSpec, backend: Backend, parameters: LayerParameters) -> None:
+        self.spec = spec
+        self.backend = backend
+        self.parameters = parameters
+        self._libraries = frozenset(backend.capabilities.libraries)
+        self._q_row = (spec.num_heads, spec.head_size)
+        self._k_row = (spec.num_kv_heads, spec.head_size)
+        self._v_row = (spec.num_kv_heads, spec.value_head_size)
+        self._out_row = (spec.num_heads, spec.value_head_size)
+        self._gives_lse = spec.returns_lse
+
+    @cached_property
+    def explanation(self) -> dispatch.Explanation:
+        """The verdict table of this layer's spec, asked when first wanted."""
+        return dispatch.explain(self.spec, self.backend)
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """What each candidate says of the spec, this layer's backend first."""
+        return self.explanation.verdicts
+
+    def allocate(self, num_blocks: int, device: str | None = None) -> KVCache:
+        """Return a zeroed cache for one layer, in this backend's layout.
+
+        Args:
+            num_blocks: N, 1 or more.
+            device: where, as the backend's library names it (None: its default).
+
+        Raises:
+            CacheError: no blocks.
+        """
+        if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
+            raise CacheError(f"num_blocks={num_blocks!r} must be a whole number, 1 or more")
+        return self.backend.allocate(self.spec, num_blocks, device)
+
+    def plan(self, metadata: AttentionMetadata) -> Plan:
+        """Prepare a step, once for all the layers of this spec.
+
+        Raises:
+            MetadataError: the batch is not one that this kind of layer can have.
+        """
+        spec = self.spec
+        view = metadata.view(spec.kind)
+        if view.pages.exist and metadata.block_size != spec.block_size:
+            raise MetadataError(f"the batch has block_size={metadata.block_size}, the layer {spec.block_size}")
+        if not view.pages.exist and spec.kind != "encoder" and view.max_kv_len:
+            raise MetadataError(f"a {spec.kind} layer reads a cache, but the batch has no block tables")
+        return self.backend.plan(spec, metadata)
+
+    def run(
+        self,
+        plan: Plan,
+        q: Array,
+        k: Array | None = None,
+        v: Array | None = None,
+        cache: KVCache | None = None,
+        out: Array | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Any:
+        """Write the new keys and values into their slots, then attend.
+
+        Args:
+            plan: of this step, from `plan` of a layer with an equal spec and the same backend.
+            q: [T, H, D].
+            k: [T, K, D]. (Of a cross layer: the encoder's new tokens.) A layer with `writes_kv=False` needs none, and
+                does not look at them.
+            v: [T, K, Dv], likewise.
+            cache: the layer's cache. None only for an encoder layer.
+            out: [T, H, Dv] to write into, of the library that q is of.
+            return_lse: also return the log-sum-exp, natural log, f32[T, H]; it includes the sink.
+
+        Returns:
+            [T, H, Dv], or that and the LSE, of the library that q is of.
+
+        Raises:
+            ArrayError, CacheError, PlanError: before anything has been written.
+        """
+        spec = self.spec
+        if plan.spec is not spec and plan.spec != spec:
+            raise PlanError(f"the plan is for {plan.spec}; this layer is {spec}")
+        library = library_of(q)
+        self._check_array("q", q, (plan.num_tokens, *self._q_row), library)
+        if k is not None and v is not None:
+            self._check_array("k", k, (plan.num_new, *self._k_row), library)
+            self._check_array("v", v, (plan.num_new, *self._v_row), library)
+            if not spec.writes_kv and cache is not None:
+                k = v = None  # the other layer has written its own
+        else:
+            self._check_nothing_to_write(plan, k, v)
+        if out is not None:
+            self._check_array("out", out, (plan.num_tokens, *self._out_row), library)
+        if cache is not None:
+            if cache.geometry != spec.geometry:
+                raise CacheError(f"the cache is {cache!r}; the layer needs {spec.geometry}")
+            if plan.highest_block >= cache.num_blocks:
+                plan.view.pages.check_fits(cache.num_blocks)
+            if not plan.view.pages.exist and plan.num_tokens:
+                raise CacheError("a cache was given, but the batch has no block tables")
+            layout = self.backend.layout(spec) if cache.owner is not self.backend else None
+            if layout is not None and cache.layout != layout:
+                raise CacheError(
+                    f"{self.backend.name} reads layout {layout.name}, the cache of {cache.owner.name} has "
+                    f"{cache.layout.name}: convert it with cache.to_layout({layout.name!r})"
+                )
+        elif spec.kind != "encoder":
+            raise CacheError(f"a {spec.kind} layer needs its cache; allocate(num_blocks) makes one")
+        if return_lse and not self._gives_lse:
+            self._require_lse()
+        if library in self._libraries:
+            return self.backend.run(plan, q, k, v, cache, self.parameters, out, return_lse=return_lse)
+        return self._run_exchanged(plan, q, k, v, cache, out, library, return_lse)
+
+    def _run_exchanged(
+        self,
+        plan: Plan,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache | None,
+        out: Array | None,
+        library: str,
+        return_lse: bool,
+    ) -> Any:
+        target = self.backend.capabilities.libraries[0]
+        q, k, v, own = (None if x is None else as_library(x, target) for x in (q, k, v, out))
+        result = self.backend.run(plan, q, k, v, cache, self.parameters, own, return_lse=return_lse)
+        if return_lse:
+            return (as_library(result[0], library) if out is None else out), as_library(result[1], library)
+        return as_library(result, library) if out is None else out
+
+    def _check_array(self, name: str, array: Array, shape: tuple[int, ...], library: str) -> None:
+        if array.shape != shape:
+            raise ArrayError(f"{name} has shape {tuple(array.shape)}, this step needs {shape}")
+        if dtype_name(array.dtype) != self.spec.dtype:
+            raise ArrayError(f"{name} is {dtype_name(array.dtype)}, the layer's dtype is {self.spec.dtype}")
+        if library_of(array) != library:
+            raise ArrayError(f"{name} is an array of {library_of(array)}, q of {library}: give both of one library")
+
+    def _check_nothing_to_write(self, plan: Plan, k: Array | None, v: Array | None) -> None:
+        if (k is None) != (v is None):
+            raise ArrayError("k and v come together: one of them is None")
+        if self.spec.kind == "encoder" and not plan.view.pages.exist:
+            raise ArrayError("an encoder layer without a cache attends to k and v: both must be given")
+        if self.spec.writes_kv and plan.view.pages.writes:
+            raise ArrayError(
+                f"this step writes {plan.view.pages.writes} tokens: k and v must be given "
+                "(a layer that shares another's cache says writes_kv=False)"
+            )
+
+    def _require_lse(self) -> None:
+        verdict = self.backend.verdict(replace(self.spec, returns_lse=True))
+        if not verdict:
+            raise BackendRefusedError(f"return_lse=True: {self.backend.name} says no: {verdict}")
+        self._gives_lse = True
+
+    def __repr__(self) -> str:
+        return f"Attention({self.spec}, backend={self.backend.name})"
+
+
+def attention(
+    spec: AttentionSpec,
+    backend: str | Backend | None = None,
+    *,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Attention:
+    """Choose a backend for a layer.
+
+    Args:
+        spec: what the layer needs.
+        backend: the one to use (strict), by name or as an object; None: chosen.
+        alibi_slopes: f32[H], with `spec.alibi`.
+        sinks: f32[H], with `spec.sinks`.
+        k_scale: per-tensor scale of a quantised cache's keys: stored = round(x / scale).
+        v_scale: likewise for its values.
+
+    Raises:
+        NoBackendError, BackendRefusedError, UnknownBackendError, EnvironmentVariableError: see `choose`.
+        SpecError: a parameter does not fit the spec.
+    """
+    parameters = LayerParameters(spec, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    return Attention(spec, dispatch.choose(spec, backend, scaled=parameters.scaled), parameters)
