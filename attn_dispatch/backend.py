@@ -42,12 +42,15 @@ class Availability:
         reason: what was found, in words; when not available, what is missing.
         remedy: what to do about it (a command, where there is one).
         version: the vendor library's version, when installed.
+        evidence: what a run here proves: "ran" on the hardware that it is for, "ran on CPU" through the vendor's real
+            runtime, "simulated on CPU".
     """
 
     available: bool
     reason: str = ""
     remedy: str = ""
     version: str = ""
+    evidence: str = "ran"
 
     def __bool__(self) -> bool:
         return self.available

@@ -243,5 +243,7 @@ def _say_fallback(name: str, spec: AttentionSpec) -> None:
     if name in registry().ranked(ANY):
         text = f"{name} was chosen: exact, but slow. No backend for a device can run this"
     else:
-        text = f"{name} was chosen, which computes on the CPU: this machine has a device ({here}), but no backend for it"
+        text = (
+            f"{name} was chosen, which computes on the CPU: this machine has a device ({here}), but no backend for it"
+        )
     warnings.warn(FallbackWarning(f"{text}.\n{explain(spec)}"), stacklevel=4)

@@ -115,7 +115,9 @@ class Registry:
     def _load(self, entry: Entry) -> Backend:
         values = {e.entry_point.value: e.distribution for e in self.entries if e.name == entry.name}
         if len(values) > 1:
-            raise BackendLoadError(f"{entry.name} is claimed twice: {', '.join(sorted(values.values()))}. Uninstall one")
+            raise BackendLoadError(
+                f"{entry.name} is claimed twice: {', '.join(sorted(values.values()))}. Uninstall one"
+            )
         try:
             factory: Callable[[str], Backend] = entry.entry_point.load()
             # Asked before it is made: an older plug-in may not even be constructible.

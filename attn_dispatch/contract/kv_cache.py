@@ -88,7 +88,9 @@ class KVCache:
 
     def _array(self, name: str) -> Array:
         if name not in self.arrays:
-            raise CacheError(f"layout {self.layout.name} has no array {name!r}, but {', '.join(self.arrays)}; see gather()")
+            raise CacheError(
+                f"layout {self.layout.name} has no array {name!r}, but {', '.join(self.arrays)}; see gather()"
+            )
         return self.arrays[name]
 
     def arrays_as(self, library: str) -> Mapping[str, Array]:

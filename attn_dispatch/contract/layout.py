@@ -48,7 +48,9 @@ class CacheLayout:
             splits = {a[0] for a in axes.split() if "/" in a} & {a[0] for a in axes.split() if "%" in a}
             expected = {"N", "K", "B", "D"} | (set() if name in ("key", "value") else {"2"})
             if set(whole) != expected or any(n != (2 if letter in splits else 1) for letter, n in whole.items()):
-                raise CacheError(f"layout {self.name}: array {name!r} has axes {axes!r}; each of N K B D must occur once")
+                raise CacheError(
+                    f"layout {self.name}: array {name!r} has axes {axes!r}; each of N K B D must occur once"
+                )
 
     @property
     def is_joint(self) -> bool:
@@ -132,7 +134,9 @@ def _logical_order(axes: str) -> tuple[list[str], list[int]]:
 def _merge(array: Array, axes: str) -> Array:
     tokens, order = _logical_order(axes)
     moved = permute(array, order)
-    shape = [math.prod(n for n, token in zip(moved.shape, tokens, strict=True) if token[0] == letter) for letter in "NKBD"]
+    shape = [
+        math.prod(n for n, token in zip(moved.shape, tokens, strict=True) if token[0] == letter) for letter in "NKBD"
+    ]
     return moved.reshape(*shape) if len(tokens) > 4 else moved
 
 

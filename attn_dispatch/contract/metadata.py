@@ -140,7 +140,9 @@ class AttentionMetadata:
         if all(array is None for array in given):
             return
         if any(array is None for array in given):
-            raise MetadataError("encoder_start_loc, _seq_lens, _block_table and _slot_mapping come together or not at all")
+            raise MetadataError(
+                "encoder_start_loc, _seq_lens, _block_table and _slot_mapping come together or not at all"
+            )
         start, lens, table, slots = given
         new = _check_start_loc("encoder_start_loc", start)
         if len(new) != num_seqs:
@@ -359,5 +361,7 @@ def _check_start_loc(name: str, start: object) -> I32:
     lens = np.diff(offsets)
     if len(lens) and lens.min() < 0:
         s = int(np.argmax(lens < 0))
-        raise MetadataError(f"{name}: sequence {s} ends at {int(offsets[s + 1])}, before it begins at {int(offsets[s])}")
+        raise MetadataError(
+            f"{name}: sequence {s} ends at {int(offsets[s + 1])}, before it begins at {int(offsets[s])}"
+        )
     return lens

@@ -205,7 +205,9 @@ def table_slots(prefix: str, block_size: int, start: I32, new_lens: I32, kv_lens
 def check_array(name: str, array: object, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
     """Refuse what is not a host array of this type and rank; return it as one."""
     if not isinstance(array, np.ndarray):
-        raise MetadataError(f"{name} must be a numpy array on the host, not {type(array).__module__}.{type(array).__name__}")
+        raise MetadataError(
+            f"{name} must be a numpy array on the host, not {type(array).__module__}.{type(array).__name__}"
+        )
     if array.dtype != dtype or array.ndim != ndim:
         raise MetadataError(
             f"{name} must be {np.dtype(dtype).name} with {ndim} axes, found {array.dtype.name} of shape {array.shape}"
@@ -242,7 +244,9 @@ def as_table(name: str, tables: Sequence[Sequence[int]] | I32 | None, kv_lens: I
         wide = np.full((num_seqs, max((row.size for row in rows), default=0)), -1, dtype=np.int64)
         for s, row in enumerate(rows):
             if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
-                raise MetadataError(f"sequence {s}: {name} must be a list of block ids, found {row.dtype.name} {row.shape}")
+                raise MetadataError(
+                    f"sequence {s}: {name} must be a list of block ids, found {row.dtype.name} {row.shape}"
+                )
             if row.size * block_size < kv_lens[s]:
                 raise MetadataError(
                     f"sequence {s}: {int(kv_lens[s])} tokens need {-(-int(kv_lens[s]) // block_size)} blocks of "

@@ -124,7 +124,9 @@ class AttentionSpec:
         if not self.causal:
             return left, right
         if right > 0:
-            raise SpecError(f"window={self.window!r} looks {right} tokens ahead, but the layer is causal: use ({left}, 0)")
+            raise SpecError(
+                f"window={self.window!r} looks {right} tokens ahead, but the layer is causal: use ({left}, 0)"
+            )
         return (left, 0) if left >= 0 else (-1, -1)
 
     def _check_cross(self) -> None:
@@ -161,7 +163,11 @@ class AttentionSpec:
             if field.name in ("num_heads", "num_kv_heads", "head_size"):
                 continue
             value = getattr(self, field.name)
-            derived = {"value_head_size": self.head_size, "kv_cache_dtype": self.dtype, "causal": self.kind == "decoder"}
+            derived = {
+                "value_head_size": self.head_size,
+                "kv_cache_dtype": self.dtype,
+                "causal": self.kind == "decoder",
+            }
             if field.name in always or value != derived.get(field.name, getattr(plain, field.name)):
                 parts.append(f"{field.name}={value}")
         return " ".join(parts)

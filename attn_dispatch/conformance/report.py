@@ -1,0 +1,137 @@
+"""The support table: what the kit's cases showed on this machine, and how each cell is known.
+
+Never written by hand. `attn-dispatch verify` prints it; `as_markdown` is what the documentation shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from attn_dispatch.conformance.cases import CASES, FEATURES, Case
+from attn_dispatch.conformance.checks import check_mutations, run_case
+from attn_dispatch.dispatch import machine, registry
+
+__all__ = ["Cell", "Row", "as_markdown", "verify"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One feature of one backend.
+
+    Attributes:
+        feature: what.
+        state: "yes", "no" (refused by verdict), "FAILED", or "not run".
+        evidence: how a yes is known: "ran", "ran on CPU"...
+        detail: the refusals, or what failed.
+        cases: how many cases stand behind it.
+        mutations: how many deliberate mistakes those cases noticed.
+    """
+
+    feature: str
+    state: str
+    evidence: str
+    detail: str
+    cases: int
+    mutations: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One backend: whether it could run here, and its cells."""
+
+    backend: str
+    available: bool
+    reason: str
+    version: str
+    evidence: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a case of a spec that it accepts failed."""
+        return any(cell.state == "FAILED" for cell in self.cells)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def verify(
+    name: str,
+    *,
+    max_tokens: int = 1 << 30,
+    progress: Callable[[Case], None] | None = None,
+    cases: Iterable[Case] = CASES,
+) -> Row:
+    """Run the kit's cases against one installed backend.
+
+    Raises:
+        UnknownBackendError, BackendLoadError: it is not installed, or cannot be loaded.
+    """
+    backend = registry().load(name)
+    available = backend.probe()
+    if not available:
+        return Row(name, False, available.reason, available.version, "not run", ())
+    by_feature: dict[str, list[tuple[str, str, int]]] = {}
+    for case in cases:
+        if progress is not None:
+            progress(case)
+        by_feature.setdefault(case.feature, []).append(_try(name, case, max_tokens))
+    cells = tuple(_cell(feature, found, available.evidence) for feature, found in by_feature.items())
+    return Row(name, True, available.reason, available.version, available.evidence, cells)
+
+
+def _try(name: str, case: Case, max_tokens: int) -> tuple[str, str, int]:
+    """Return (state, detail, mistakes noticed) of one case."""
+    if case.tokens > max_tokens:
+        return "not run", f"{case.tokens} tokens, limited to {max_tokens}", 0
+    backend = registry().load(name)
+    try:
+        result = run_case(backend, case)
+        if not result.verdict:
+            return "no", str(result.verdict), 0
+        return "yes", "", check_mutations(backend, case)
+    except Exception as error:  # a vendor may raise anything; it is this table that says so
+        return "FAILED", f"{case.name}: {type(error).__name__}: {error}", 0
+
+
+def _cell(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Cell:
+    states = [state for state, _, _ in found]
+    for state in ("FAILED", "yes", "no", "not run"):
+        if state in states:
+            break
+    detail = "; ".join(dict.fromkeys(text for s, text, _ in found if text and (s != "no" or state == "no")))
+    if state == "yes" and "no" in states:
+        detail = "; ".join(dict.fromkeys(f"not {text}" for s, text, _ in found if s == "no"))
+    return Cell(
+        feature,
+        "partly" if state == "yes" and "no" in states else state,
+        evidence if state == "yes" else "",
+        detail,
+        states.count("yes") + states.count("FAILED"),
+        sum(n for _, _, n in found),
+    )
+
+
+def as_markdown(rows: Iterable[Row]) -> str:
+    """Return the table: features down, backends across, refusals as notes below."""
+    rows = list(rows)
+    signs = {"yes": "yes", "partly": "partly", "no": "no", "FAILED": "**FAILED**", "not run": "not run"}
+    lines = [
+        "| feature | " + " | ".join(f"`{row.backend}`" for row in rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+        "| evidence | " + " | ".join(row.evidence for row in rows) + " |",
+    ]
+    cells = [{cell.feature: cell for cell in row.cells} for row in rows]
+    for feature in FEATURES:
+        found = [by.get(feature) for by in cells]
+        lines.append(f"| {feature} | " + " | ".join(signs[c.state] if c else "not run" for c in found) + " |")
+    notes = []
+    for row in rows:
+        if not row.available:
+            notes.append(f"- `{row.backend}`: not run here: {row.reason}")
+        said = {cell.detail for cell in row.cells if cell.state in ("no", "partly")}
+        notes += [f"- `{row.backend}`: {text}" for text in sorted(said)]
+    return "\n".join([*lines, "", f"Machine: {machine().description}.", "", *notes, ""])
