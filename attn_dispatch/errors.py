@@ -19,6 +19,8 @@ __all__ = [
     "EnvironmentVariableError",
     "FallbackWarning",
     "MetadataError",
+    "MissingPackageError",
+    "ModelError",
     "NoBackendError",
     "PlanError",
     "SpecError",
@@ -73,6 +75,14 @@ class BackendLoadError(AttentionDispatchError, RuntimeError):
 
 class ContractVersionError(BackendLoadError):
     """An installed backend was written for another version of the contract."""
+
+
+class MissingPackageError(AttentionDispatchError, RuntimeError):
+    """A package that the call needs is not installed. The message ends with the command that installs it."""
+
+
+class ModelError(AttentionDispatchError, ValueError):
+    """A model cannot be found, or asks for something that the contract has no word for."""
 
 
 class AttentionDispatchWarning(UserWarning):
