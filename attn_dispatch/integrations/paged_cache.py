@@ -1,0 +1,398 @@
+"""`PagedCache`: a transformers cache whose keys and values lie in blocks, one table and one plan for all the layers.
+
+It is filled in one of two ways. By `model.generate` (or `model(...)`): a rectangle of tokens per call, with padding,
+which is dropped. Or packed: `next_step` announces the sequences and their new tokens, then the model is called with
+all of them in one row, [1, T], and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from attn_dispatch.attention import Attention, attention
+from attn_dispatch.backend import Plan
+from attn_dispatch.contract import AttentionSpec, KVCache
+from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
+from attn_dispatch.errors import CacheError, ModelError, PlanError
+from attn_dispatch.integrations.blocks import BlockPool
+from attn_dispatch.integrations.layer_spec import layer_parameters, layer_spec
+from attn_dispatch.integrations.sequences import Rows, Sequences, StepBatch
+
+__all__ = ["NAME", "BoundLayer", "PagedCache", "PagedLayer", "PagedStep"]
+
+NAME = "attn_dispatch"
+"""What `attn_implementation=` is to be."""
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "dummy", "moe", "mlp"}
+_FIRST_BLOCKS = 16  # blocks of a cache that grows, before it has seen a batch
+
+
+class PagedStep:
+    """One forward of the model: its batch (known at the first layer's attention) and its plans, one per spec."""
+
+    __slots__ = ("batch_size", "length", "plans", "rows", "state", "used")
+
+    def __init__(self, batch_size: int, length: int, state: StepBatch | None = None) -> None:
+        self.batch_size = batch_size
+        self.length = length
+        self.state = state
+        self.rows: Any = None  # i64[T], which rows of the rectangle are tokens (None: all)
+        self.plans: list[Plan | None] = []
+        self.used = False  # a layer has attended
+
+
+class BoundLayer:
+    """An attention module on its backend. `group`: which of the step's plans is its own."""
+
+    __slots__ = ("attention", "group", "writes")
+
+    def __init__(self, layer: Attention, group: int) -> None:
+        self.attention = layer
+        self.group = group
+        self.writes = layer.spec.writes_kv
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
+    """One layer's place in a `PagedCache`: the blocks' arrays. Everything that layers share is the cache's."""
+
+    is_sliding = False  # the whole sequence is kept: a window is the kernel's business
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: PagedCache, index: int) -> None:
+        super().__init__()
+        self.cache = cache
+        self.index = index
+        self.store: KVCache | None = None
+        self.step_number = -1  # the last step that it took part in
+
+    def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
+        """Do nothing: the arrays are made when the layer attends, by the backend that runs it."""
+
+    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take part in the step. The keys carry the layer to the attention function, which is what stores them."""
+        self.cache.join(self, key_states.shape[0], key_states.shape[2])
+        key_states.paged_layer = self
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the columns of the mask, and the first of them."""
+        return self.cache.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the columns of the batch so far, padding included, as transformers counts."""
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit but the pool's."""
+        return -1
+
+    def offload(self) -> None:
+        """Refuse: blocks are moved by `KVCache.swap_blocks`."""
+        raise CacheError("a PagedCache does not offload its layers; use KVCache.swap_blocks")
+
+    prefetch = offload
+
+    # What concerns the sequences is done once for all the layers.
+
+    def reset(self) -> None:
+        """Forget everything; see `PagedCache.reset`."""
+        self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Refuse one layer alone."""
+        raise CacheError("the layers of a PagedCache share their block tables: reorder the cache, not one layer")
+
+
+class PagedCache(Cache):  # type: ignore[misc]
+    """A paged key/value cache for a transformers model whose `attn_implementation` is "attn_dispatch".
+
+    Attributes:
+        length: columns of the batch so far, padding included (0 when packed).
+        sequences: lengths and block tables.
+        pool: the blocks.
+        backend: what `attention` was asked for.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        num_blocks: int | None = None,
+        backend: str | None = None,
+        kv_cache_dtype: str | None = None,
+    ) -> None:
+        """Make an empty cache.
+
+        Args:
+            model: a transformers model, or its config.
+            block_size: B.
+            num_blocks: N, fixed (None: grows as needed).
+            backend: the one that every layer is to run on (None: chosen for each spec).
+            kv_cache_dtype: type that is stored (None: the layers').
+
+        Raises:
+            ModelError: the model does not attend through attn_dispatch, or has layers that a paged cache cannot hold.
+        """
+        config = getattr(model, "config", model).get_text_config(decoder=True)
+        if config._attn_implementation != NAME:
+            raise ModelError(
+                f"{config.model_type} attends with {config._attn_implementation!r}, which cannot read a paged cache: "
+                f"register(), then model.set_attn_implementation({NAME!r})"
+            )
+        strange = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+        if strange:
+            raise ModelError(
+                f"{config.model_type} has layers of type {', '.join(strange)}; a paged cache holds full and sliding "
+                "attention only"
+            )
+        super().__init__(layers=[PagedLayer(self, i) for i in range(config.num_hidden_layers)])
+        self.pool = BlockPool(num_blocks or _FIRST_BLOCKS, grows=num_blocks is None)
+        self.sequences = Sequences(block_size, self.pool)
+        self.backend = backend
+        self.kv_cache_dtype = kv_cache_dtype
+        self.length = 0
+        self._plain = 0  # trailing columns without padding
+        self._padded = False
+        self._packed = False
+        self._step: PagedStep | None = None
+        self._number = 0  # of the step; layers that lag behind it still have to take part
+        self._bound: dict[Any, BoundLayer] = {}
+        self._groups: list[tuple[AttentionSpec, str]] = []
+
+    # A step.
+
+    def next_step(self, rows: Rows, new: I32) -> None:
+        """Announce a packed step: the model is called next with `new[i]` tokens of sequence `rows[i]`, [1, sum(new)].
+
+        Raises:
+            CacheError: too few free blocks, or the cache is in use by padded batches. Nothing has been changed.
+        """
+        if self.length:
+            raise CacheError("this cache holds a padded batch; reset() it before packed steps")
+        state = self.sequences.extend(rows, new)
+        self._packed = True
+        self._start(PagedStep(1, int(new.sum()), state))
+
+    def _start(self, step: PagedStep) -> None:
+        if self._step is not None and not self._step.used:
+            raise ModelError(
+                f"the last step's keys were never attended to: the model's attn_implementation is not {NAME!r}. "
+                f"model.set_attn_implementation({NAME!r}), and reset() this cache"
+            )
+        self._step = step
+        self._number += 1
+
+    def join(self, layer: PagedLayer, batch_size: int, length: int) -> None:
+        """Let a layer take part in the step; the first one begins it."""
+        if layer.step_number == self._number or self._step is None:
+            if self._packed:
+                raise PlanError("a packed step has to be announced: call next_step() before the model")
+            if not self.length:
+                self.sequences.clear()
+                self.sequences.add(batch_size)
+            elif batch_size != self.sequences.count:
+                raise CacheError(f"the cache holds {self.sequences.count} sequences, this batch is of {batch_size}")
+            self._start(PagedStep(batch_size, length))
+            self.length += length
+        step = self._step
+        assert step is not None
+        if (step.batch_size, step.length) != (batch_size, length):
+            raise CacheError(
+                f"layer {layer.index} brings {batch_size} x {length} tokens into a step of "
+                f"{step.batch_size} x {step.length}"
+            )
+        if layer.step_number not in (-1, self._number - 1):
+            raise CacheError(f"layer {layer.index} missed a step: its keys and values would be of other tokens")
+        layer.step_number = self._number
+
+    def ready(self, mask: Any) -> tuple[PagedStep, StepBatch]:
+        """Return the step with its batch, which is made when the first layer attends.
+
+        Args:
+            mask: bool[batch, columns], True for tokens; None when there is no padding.
+        """
+        step = self._step
+        assert step is not None
+        if step.state is None:
+            try:
+                step.state = self._unpad(step, mask)
+            except Exception:
+                self._undo(step)
+                raise
+        step.used = True
+        return step, step.state
+
+    def _unpad(self, step: PagedStep, mask: Any) -> StepBatch:
+        rows = np.arange(step.batch_size)
+        if mask is None:
+            if self._padded:
+                raise CacheError("earlier columns were padding, but attention_mask says that there is none: give it all")
+            self._plain += step.length
+            return self.sequences.extend(rows, np.full(step.batch_size, step.length, np.int32))
+        host = mask.to("cpu").numpy()
+        if host.shape != (step.batch_size, self.length):
+            raise CacheError(
+                f"attention_mask is {host.shape}, the cache holds {self.length - step.length} columns and "
+                f"{step.length} are new: it has to be ({step.batch_size}, {self.length})"
+            )
+        recent = host[:, -step.length :]
+        earlier = host[:, : -step.length].sum(1)
+        if (earlier != self.sequences.lens).any():
+            s = int(np.argmax(earlier != self.sequences.lens))
+            raise CacheError(
+                f"sequence {s}: attention_mask keeps {int(earlier[s])} of the earlier columns, the cache has "
+                f"{int(self.sequences.lens[s])}: what is in a cache cannot be masked afterwards"
+            )
+        state = self.sequences.extend(rows, recent.sum(1, dtype=np.int32))
+        if recent.all():
+            self._plain += step.length
+        else:
+            step.rows = torch.from_numpy(np.flatnonzero(recent)).to(mask.device)
+            self._plain = int(np.argmin(recent.all(0)[::-1]))
+        self._padded = True
+        return state
+
+    def _undo(self, step: PagedStep) -> None:
+        """Forget a step that could not be made, so that another can be tried."""
+        self.length -= step.length
+        self._step = None
+        for layer in self.layers:
+            layer.step_number = -1
+
+    # A layer.
+
+    def bind(self, module: Any, layer: PagedLayer, query: Any, key: Any, value: Any, options: Any) -> BoundLayer:
+        """Return a module's attention, chosen when it first attends.
+
+        Args:
+            module: the attention module.
+            layer: where its keys and values are; another module's when it shares them.
+            query: [batch, H, T, D].
+            key: [batch, K, T, D].
+            value: [batch, K, T, Dv].
+            options: `scaling`, `sliding_window`, `softcap`, `sinks`, `causal`.
+        """
+        bound = self._bound.get(module)
+        if bound is None:
+            own = getattr(module, "layer_idx", layer.index) == layer.index
+            spec = layer_spec(
+                module,
+                query,
+                key,
+                value,
+                **options,
+                block_size=self.sequences.block_size,
+                kv_cache_dtype=self.kv_cache_dtype,
+                writes_kv=own,
+            )
+            chosen = attention(spec, self.backend, **layer_parameters(options["sinks"]))
+            group = (spec, chosen.backend.name)
+            if group not in self._groups:
+                self._groups.append(group)
+            bound = self._bound[module] = BoundLayer(chosen, self._groups.index(group))
+        return bound
+
+    def plan(self, step: PagedStep, state: StepBatch, bound: BoundLayer) -> Plan:
+        """Return the step's plan for the specs that are equal to this layer's, made once."""
+        plans = step.plans
+        while len(plans) <= bound.group:
+            plans.append(None)
+        plan = plans[bound.group]
+        if plan is None:
+            plan = plans[bound.group] = bound.attention.plan(state.metadata)
+        return plan
+
+    def store(self, layer: PagedLayer, state: StepBatch, bound: BoundLayer, device: Any) -> KVCache:
+        """Return a layer's blocks, as many as the pool has, with shared ones copied before they are written into."""
+        store = layer.store
+        if store is None or store.num_blocks < self.pool.num_blocks:
+            torch_owns = "torch" in bound.attention.backend.capabilities.libraries
+            grown = bound.attention.allocate(self.pool.num_blocks, str(device) if torch_owns else None)
+            if store is not None:
+                store.swap_blocks(grown, [(block, block) for block in range(store.num_blocks)])
+            store = layer.store = grown
+            layer.is_initialized = True
+        if state.copy_from and bound.writes:
+            store.copy_blocks(state.copy_from, state.copy_to)
+        return store
+
+    @property
+    def attentions(self) -> list[tuple[Attention, int]]:
+        """One layer's attention for each spec and backend in use, and how many layers are like it."""
+        first: dict[int, Attention] = {}
+        for bound in self._bound.values():
+            first.setdefault(bound.group, bound.attention)
+        counts = Counter(bound.group for bound in self._bound.values())
+        return [(first[group], counts[group]) for group in sorted(first)]
+
+    # What transformers asks of a cache.
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Take part in the step; see `PagedLayer.update`."""
+        updated: tuple[Any, Any] = self.layers[layer_idx].update(key_states, value_states)
+        return updated
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in the cache, -1 before the first."""
+        return self.sequences.count or -1
+
+    def reset(self) -> None:
+        """Forget all sequences; the blocks stay allocated."""
+        self.sequences.clear()
+        self.length = self._plain = 0
+        self._padded = self._packed = False
+        self._step = None
+        for layer in self.layers:
+            layer.step_number = -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every sequence; `tokens_to_remove` is 0 or negative, as transformers has it.
+
+        Raises:
+            CacheError: it is positive, or there is padding among these columns.
+        """
+        if tokens_to_remove > 0:
+            raise CacheError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        count = -tokens_to_remove
+        if count > self._plain:
+            raise CacheError(
+                f"crop(-{count}): only the last {self._plain} columns hold a token of every sequence; padding cannot "
+                "be put back"
+            )
+        self.sequences.truncate(np.arange(self.sequences.count), count)
+        self.length -= count
+        self._plain -= count
+
+    def _select(self, order: Rows) -> None:
+        if self._packed:
+            raise CacheError("the sequences of a packed cache have rows of their own: use sequences.remove")
+        if self.length:
+            self.sequences.select(order)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Make sequence i what sequence `beam_idx[i]` was. Nothing is copied until a shared block is written into."""
+        self._select(beam_idx.cpu().numpy().astype(np.intp))
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these sequences (numbers, or one bool for each)."""
+        self._select(np.arange(self.sequences.count)[indices.cpu().numpy()])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence; the blocks are shared."""
+        self._select(np.repeat(np.arange(self.sequences.count), repeats))
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedCache({len(self.layers)} layers, {self.sequences.count} sequences, {self.sequences.num_tokens} "
+            f"tokens in {self.pool.in_use} of {self.pool.num_blocks} blocks of {self.sequences.block_size})"
+        )
