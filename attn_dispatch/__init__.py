@@ -13,6 +13,7 @@ imported when its backend is first used.
 """
 
 import warnings as _warnings
+from dataclasses import replace as _replace
 
 from attn_dispatch import dispatch as _dispatch
 from attn_dispatch import errors
@@ -33,12 +34,14 @@ from attn_dispatch.hardware import Platform
 from attn_dispatch.merge import merge_states
 
 platform: Platform = _dispatch.machine()
-"""What this machine is: `.name` ("cpu", "cuda", "rocm", "xpu", "tpu"), `.description`, `.facts`."""
+"""What this machine is: `.name` ("cpu", "cuda", "rocm", "xpu", "tpu"), `.description`, `.facts`. With
+ATTN_DISPATCH_PLATFORM, what it is to be treated as."""
 
 default_backend: str | None = None
 """The backend that is tried first when none is named, as of import; a spec that it refuses goes to the next."""
 
 try:
+    platform = _replace(platform, name=_dispatch.platform())
     default_backend = _dispatch.default_backend()
 except errors.EnvironmentVariableError as _error:
     # Raised again by whatever chooses a backend; importing must still be possible, to be able to say so.

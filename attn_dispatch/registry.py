@@ -121,7 +121,7 @@ class Registry:
         try:
             factory: Callable[[str], Backend] = entry.entry_point.load()
             # Asked before it is made: an older plug-in may not even be constructible.
-            version = getattr(factory, "contract_version", None)
+            version = getattr(factory, "contract_version", CONTRACT_VERSION)
             if version != CONTRACT_VERSION:
                 raise ContractVersionError(
                     f"{entry.distribution} speaks version {version} of the contract, this attn-dispatch speaks "

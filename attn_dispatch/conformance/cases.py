@@ -1,6 +1,7 @@
 """The table of named cases: one list that serves the kit, `verify`'s support table and the benchmarks.
 
-A case is a spec and the lengths of a batch. What a backend cannot run it refuses by verdict; nothing here names a vendor.
+A case is a spec and the lengths of a batch. What a backend cannot run it refuses by verdict; nothing here names a
+vendor.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ MIXED = ((63, 0, 20, 130), (1, 17, 12, 1))
 
 
 def _spec(**fields: Any) -> AttentionSpec:
-    return AttentionSpec(**({"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "dtype": "float32"} | fields))
+    plain: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 64, "dtype": "float32"}
+    return AttentionSpec(**(plain | fields))
 
 
 def _cases() -> Iterator[Case]:

@@ -170,7 +170,7 @@ def contents(cache: KVCache) -> tuple[Arrays, Arrays]:
 
 
 def poison(backend: Backend, cache: KVCache) -> None:
-    """Fill a new cache with what must not be read: NaN if the backend says that it survives that, else large numbers."""
+    """Fill a new cache with what must not be read: NaN if the backend survives that, else large numbers."""
     for name, array in cache.arrays.items():
         dtype = cache.geometry.dtype if not name.endswith("_scale") else "float32"
         if dtype in ("uint8", "uint4"):
@@ -198,8 +198,8 @@ def _fill(attn: Attention, problem: Problem, cache: KVCache) -> None:
     rows = batch.view(spec.kind).num_tokens
     like = any_array(attn.backend, cache)
     q = np.zeros((rows, spec.num_heads, spec.head_size), k.dtype)
-    arrays = (to_backend(x, like) for x in (q, k, v))
-    writer.run(writer.plan(batch), *arrays, cache)
+    q, k, v = (to_backend(x, like) for x in (q, k, v))
+    writer.run(writer.plan(batch), q, k, v, cache)
 
 
 def _check_zeroed(cache: KVCache) -> None:
@@ -209,7 +209,7 @@ def _check_zeroed(cache: KVCache) -> None:
 
 
 def _check_contents(problem: Problem, layer: LayerParameters, outcome: Outcome) -> tuple[list[Arrays], list[Arrays]]:
-    """Check clause 6 (each new token written once, nothing else touched); return what each sequence reads, in float64."""
+    """Check clause 6 (each new token written once, nothing else touched); return what is read, per sequence, f64."""
     spec = problem.spec
     if outcome.before is None or outcome.after is None:
         exact = [[x.astype(np.float64) for x in side] for side in (problem.keys, problem.values)]
@@ -280,12 +280,9 @@ def _check_identical(
     if not differs.any():
         return
     n, head, b = (int(i) for i in np.argwhere(differs)[0])
-    what = (
-        "was not stored as the contract says" if written[n, head, b] else "was overwritten; nobody owns it in this step"
-    )
-    raise ConformanceError(
-        f"{problem.case.name}: clause 6: {name} in slot {n * problem.spec.block_size + b} (block {n}), head {head}, {what}"
-    )
+    what = "was not stored as the contract says" if written[n, head, b] else "was overwritten, and is not the step's"
+    slot = n * problem.spec.block_size + b
+    raise ConformanceError(f"{problem.case.name}: clause 6: {name} in slot {slot} (block {n}), head {head}, {what}")
 
 
 def _check_result(

@@ -31,24 +31,39 @@ class BadBatch:
 
 
 BAD_BATCHES: Mapping[str, BadBatch] = {
-    "a negative block": BadBatch({"query_lens": [1], "seq_lens": [40], "block_tables": [[3, -1]]}, ("sequence 0", "-1")),
-    "too few blocks": BadBatch({"query_lens": [1, 1], "seq_lens": [9, 70], "block_tables": [[1], [2, 3]]}, ("sequence 1", "3", "2")),
-    "fewer tokens than new ones": BadBatch({"query_lens": [5], "seq_lens": [3], "block_tables": [[0]]}, ("sequence 0", "5", "3")),
+    "a negative block": BadBatch(
+        {"query_lens": [1], "seq_lens": [40], "block_tables": [[3, -1]]}, ("sequence 0", "-1")
+    ),
+    "too few blocks": BadBatch(
+        {"query_lens": [1, 1], "seq_lens": [9, 70], "block_tables": [[1], [2, 3]]}, ("sequence 1", "3", "2")
+    ),
+    "fewer tokens than new ones": BadBatch(
+        {"query_lens": [5], "seq_lens": [3], "block_tables": [[0]]}, ("sequence 0", "5", "3")
+    ),
     "a negative length": BadBatch({"query_lens": [-1], "seq_lens": [3], "block_tables": [[0]]}, ("sequence 0", "-1")),
-    "lengths that are not whole": BadBatch({"query_lens": [1.5], "seq_lens": [3], "block_tables": [[0]]}, ("query_lens", "float")),
-    "tables for other sequences": BadBatch({"query_lens": [1], "seq_lens": [3], "block_tables": [[0], [1]]}, ("2", "1")),
-    "a slot written twice": BadBatch({"query_lens": [1, 1], "seq_lens": [3, 3], "block_tables": [[1], [1]]}, ("slot 34", "0", "1")),
+    "lengths that are not whole": BadBatch(
+        {"query_lens": [1.5], "seq_lens": [3], "block_tables": [[0]]}, ("query_lens", "float")
+    ),
+    "tables for other sequences": BadBatch(
+        {"query_lens": [1], "seq_lens": [3], "block_tables": [[0], [1]]}, ("2", "1")
+    ),
+    "a slot written twice": BadBatch(
+        {"query_lens": [1, 1], "seq_lens": [3, 3], "block_tables": [[1], [1]]}, ("slot 34", "0", "1")
+    ),
     "a slot that is not the table's": BadBatch(
         {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": [35]}, ("sequence 0", "35", "34")
     ),
     "slots for other tokens": BadBatch(
-        {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": [34, 35]}, ("slot_mapping", "2", "1")
+        {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": [34, 35]},
+        ("slot_mapping", "2", "1"),
     ),
     "a block outside the cache": BadBatch(
         {"query_lens": [1], "seq_lens": [40], "block_tables": [[1, 9]], "num_blocks": 9}, ("sequence 0", "9")
     ),
-    "a block id beyond int32": BadBatch({"query_lens": [1], "seq_lens": [3], "block_tables": [[2**33]]}, ("sequence 0",)),
-}  # fmt: skip
+    "a block id beyond int32": BadBatch(
+        {"query_lens": [1], "seq_lens": [3], "block_tables": [[2**33]]}, ("sequence 0",)
+    ),
+}
 
 
 def check_bad_batch(name: str) -> None:

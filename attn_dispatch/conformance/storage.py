@@ -129,7 +129,7 @@ def check_exchange(backend: Backend, spec: AttentionSpec) -> None:
     v = rng.standard_normal((4, spec.num_kv_heads, spec.value_head_size)).astype(numpy_dtype(spec.dtype))
     plan = attn.plan(batch)
     host = attn.run(plan, q, k, v, cache)
-    own = attn.run(plan, *(to_backend(x, like) for x in (q, k, v)), cache)
+    own = attn.run(plan, to_backend(q, like), to_backend(k, like), to_backend(v, like), cache)
     out = np.zeros_like(host)
     given = attn.run(plan, q, k, v, cache, out=out)
     if library_of(host) != "numpy" or given is not out:

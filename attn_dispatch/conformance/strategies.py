@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from attn_dispatch.conformance.cases import Case
 from attn_dispatch.contract import AttentionSpec
+from attn_dispatch.contract.spec import Kind
 
 __all__ = ["cases"]
 
@@ -18,7 +19,8 @@ def cases(draw: st.DrawFn, max_tokens: int = 150) -> Case:
         draw: hypothesis's.
         max_tokens: the longest sequence.
     """
-    kind = draw(st.sampled_from(["decoder"] * 6 + ["encoder", "cross"]))
+    kinds: list[Kind] = [*["decoder"] * 6, "encoder", "cross"]  # type: ignore[list-item]
+    kind = draw(st.sampled_from(kinds))
     kv_heads = draw(st.integers(1, 3))
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
     head_size = draw(st.sampled_from([8, 16, 32, 40, 64, 80, 128]))
@@ -33,7 +35,7 @@ def cases(draw: st.DrawFn, max_tokens: int = 150) -> Case:
         dtype=dtype,
         kv_cache_dtype=draw(st.sampled_from([dtype, dtype, dtype, "float8_e4m3fn", "int8", "float16"])),
         block_size=draw(st.sampled_from([8, 16, 32, 32, 32, 64, 5])),
-        scale=draw(st.sampled_from([None, None, 0.2])),
+        scale=draw(st.sampled_from([head_size**-0.5, 0.2])),
         causal=causal,
         window=(-1, -1) if kind == "cross" else (left, right),
         logits_soft_cap=draw(st.sampled_from([None, None, 1.5])),

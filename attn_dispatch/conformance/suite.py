@@ -1,4 +1,4 @@
-"""The kit as a pytest class. A backend's whole test file is
+"""The kit as a pytest class: what a backend's whole test file inherits.
 
     from attn_dispatch.conformance import BackendConformance
 
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -62,6 +63,14 @@ def loaded_vendors(name: str) -> list[str]:
     assert done.returncode == 0, f"loading {name} ended with status {done.returncode}:\n{done.stderr}"
     after = set(json.loads(done.stdout.splitlines()[-1]))
     return sorted((after - before) & set(VENDORS))
+
+
+def _recorded(name: str, run: Callable[..., Any], ran: list[str]) -> Callable[..., Any]:
+    def recorded(*args: Any, **keywords: Any) -> Any:
+        ran.append(name)
+        return run(*args, **keywords)
+
+    return recorded
 
 
 class BackendConformance:
@@ -182,8 +191,7 @@ class BackendConformance:
                 other = registry().load(name)
             except RuntimeError:
                 continue
-            own = other.run
-            monkeypatch.setattr(other, "run", lambda *a, _own=own, _n=name, **k: (ran.append(_n), _own(*a, **k))[1])
+            monkeypatch.setattr(other, "run", _recorded(name, other.run, ran))
         run_case(self.subject(), Case("proof", "proof", spec, (5, 0), (1, 9)))
         assert set(ran) == {self.backend}
 

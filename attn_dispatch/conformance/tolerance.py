@@ -19,7 +19,7 @@ from attn_dispatch.reference import visible
 __all__ = ["LSE_FLOOR", "OUTPUT_FLOOR", "attend_rounded", "within"]
 
 OUTPUT_FLOOR = {"float64": 1e-9, "float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
-"""What is granted on top of the doubled error: about one unit in the last place of an output of magnitude one or two."""
+"""What is granted on top of the doubled error: about one unit in the last place of an output near one."""
 
 LSE_FLOOR = {"float64": 1e-5, "float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 """Likewise for the log-sum-exp, which is float32 but comes of scores that a runtime may round."""

@@ -1,8 +1,8 @@
 """The contract: what a layer needs, what a batch looks like, where keys and values lie.
 
 Shape legend, for every docstring of the library: `S` sequences, `T` query tokens of the whole batch (ragged,
-concatenated), `N` blocks, `B` block size, `H` query heads, `K` key/value heads, `D` query/key head size, `Dv` value head
-size, `M` blocks per sequence. `i32[S + 1]` is a host array unless said otherwise.
+concatenated), `N` blocks, `B` block size, `H` query heads, `K` key/value heads, `D` query/key head size, `Dv` value
+head size, `M` blocks per sequence. `i32[S + 1]` is a host array unless said otherwise.
 """
 
 from attn_dispatch.contract.arrays import Array

@@ -111,4 +111,5 @@ def quantise(x: npt.NDArray[np.generic], name: str, scale: float) -> npt.NDArray
         return x.astype(_NUMPY[name])
     limit = FINITE_MAX[name]
     scaled = np.clip(x.astype(np.float32) / np.float32(scale), -limit, limit)
-    return (np.rint(scaled) if name == "int8" else scaled).astype(_NUMPY[name])
+    stored: npt.NDArray[np.generic] = (np.rint(scaled) if name == "int8" else scaled).astype(_NUMPY[name])
+    return stored

@@ -1,7 +1,7 @@
 """`CacheLayout`: the physical order of a cache's arrays, declared in one line of text per array.
 
-The logical axes are key `[N, K, B, D]` and value `[N, K, B, Dv]` (clause 1). A layout says in which order, and split how,
-they lie in memory:
+The logical axes are key `[N, K, B, D]` and value `[N, K, B, Dv]` (clause 1). A layout says in which order, and split
+how, they lie in memory:
 
     HND   key "N K B D"          value "N K B D"
     NHD   key "N B K D"          value "N B K D"
@@ -90,7 +90,7 @@ class CacheLayout:
         return axes.index("N"), axes.index("B")
 
     def to_logical(self, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Return (key [N, K, B, D], value [N, K, B, Dv]) of physical arrays: a view where the order allows, else a copy."""
+        """Return (key [N, K, B, D], value [N, K, B, Dv]) of physical arrays, as views where the order allows."""
         if self.is_joint:
             ((name, axes),) = self.arrays
             at = axes.split().index("2")

@@ -144,6 +144,7 @@ class AttentionMetadata:
                 "encoder_start_loc, _seq_lens, _block_table and _slot_mapping come together or not at all"
             )
         start, lens, table, slots = given
+        assert start is not None
         new = _check_start_loc("encoder_start_loc", start)
         if len(new) != num_seqs:
             raise MetadataError(f"encoder_start_loc speaks of {len(new)} sequences, query_start_loc of {num_seqs}")
@@ -221,7 +222,7 @@ class AttentionMetadata:
             block_table=table,
             slot_mapping=slots,
             block_size=block_size,
-            **encoder,  # type: ignore[arg-type]
+            **encoder,
         )
         if num_blocks is not None:
             batch.view("decoder").pages.check_fits(num_blocks)
@@ -242,7 +243,8 @@ class AttentionMetadata:
     @property
     def context_lens(self) -> I32:
         """Tokens that were in the cache before this step, i32[S]."""
-        return np.maximum(self.seq_lens - self.query_lens, 0)
+        context: I32 = np.maximum(self.seq_lens - self.query_lens, 0)
+        return context
 
     @property
     def highest_block(self) -> int:
@@ -331,7 +333,7 @@ class AttentionMetadata:
             block_table=self.block_table[chosen],
             slot_mapping=self.slot_mapping[tokens],
             block_size=self.block_size,
-            **encoder,  # type: ignore[arg-type]
+            **encoder,
         )
         return BatchPart(part, chosen, tokens)
 

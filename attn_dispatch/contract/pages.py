@@ -43,7 +43,7 @@ class Pages:
     @cached_property
     def writes_all(self) -> bool:
         """Whether every row of k and v is written: what a runtime without a slot mapping can do by itself."""
-        return self.writes == len(self.slot_mapping)
+        return self.writes == int(self.slot_mapping.size)
 
     @property
     def exist(self) -> bool:
@@ -191,15 +191,17 @@ def table_slots(prefix: str, block_size: int, start: I32, new_lens: I32, kv_lens
     else:
         sequence = np.repeat(np.arange(len(new_lens)), new_lens)
         position = np.arange(rows, dtype=np.int64) - np.repeat(start[:-1] - first, new_lens)
-    at = position // block_size
-    if rows and at.max() >= table.shape[1]:
+    if not rows or position.max() < 0:
+        return np.full(rows, -1, dtype=np.int64)
+    at = np.maximum(position, 0) // block_size
+    if at.max() >= table.shape[1]:
         s = int(sequence[np.argmax(at)])
         raise MetadataError(
             f"sequence {s}: {int(kv_lens[s])} tokens need {-(-int(kv_lens[s]) // block_size)} blocks of {block_size}, "
             f"its {prefix}block_table has {table.shape[1]}"
         )
     slots = table[sequence, at].astype(np.int64) * block_size + position % block_size
-    return np.where(position < 0, np.int64(-1), slots) if rows and position.min() < 0 else slots
+    return np.where(position < 0, np.int64(-1), slots) if position.min() < 0 else slots
 
 
 def check_array(name: str, array: object, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:

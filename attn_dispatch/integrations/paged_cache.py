@@ -334,6 +334,12 @@ class PagedCache(Cache):  # type: ignore[misc]
         counts = Counter(bound.group for bound in self._bound.values())
         return [(first[group], counts[group]) for group in sorted(first)]
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all layers together (0 before the first step)."""
+        stores = [layer.store for layer in self.layers if layer.store is not None]
+        return sum(int(array.nbytes) // store.num_blocks for store in stores for array in store.arrays.values())
+
     # What transformers asks of a cache.
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -1,0 +1,1 @@
+"""The command line: `doctor`, `verify`, `bench`, `generate`. Nothing of the library imports this."""

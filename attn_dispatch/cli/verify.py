@@ -1,0 +1,76 @@
+"""`attn-dispatch verify`: the conformance kit on this machine, as the support table with its evidence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from attn_dispatch import dispatch
+from attn_dispatch.conformance import CASES, report
+
+__all__ = ["verify"]
+
+_STYLE = {"yes": "green", "partly": "green", "no": "yellow", "FAILED": "bold red", "not run": "dim"}
+
+
+def verify(
+    backend: Annotated[list[str] | None, typer.Option(help="Only this one (repeatable).")] = None,
+    feature: Annotated[list[str] | None, typer.Option(help="Only cases of this feature (repeatable).")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Leave longer cases out (for simulators).")] = 1 << 30,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
+) -> None:
+    """Run every case of the kit against the installed backends; exit 1 if one that said yes failed."""
+    names = backend or [name for name, available in dispatch.backends().items() if available]
+    for name in names:
+        dispatch.registry().entry(name)
+    known = {case.feature for case in CASES}
+    for wanted in feature or []:
+        if wanted not in known:
+            raise typer.BadParameter(f"{wanted!r} is not a feature of the kit. Known: {', '.join(sorted(known))}")
+    cases = [case for case in CASES if not feature or case.feature in feature]
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    rows = []
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        for name in names:
+            task = progress.add_task(name, total=len(cases))
+            rows.append(
+                report.verify(
+                    name, max_tokens=max_tokens, cases=cases, progress=lambda _, task=task: progress.advance(task)
+                )
+            )
+    if as_json:
+        machine = dispatch.machine()
+        data = {
+            "machine": {"name": machine.name, "description": machine.description},
+            "rows": [row.as_dict() for row in rows],
+        }
+        typer.echo(json.dumps(data, indent=2))
+    else:
+        for row in rows:
+            Console(highlight=False).print(_table(row))
+    if markdown is not None:
+        markdown.write_text(report.as_markdown(rows), encoding="utf-8")
+    if any(row.failed for row in rows):
+        raise typer.Exit(1)
+
+
+def _table(row: report.Row) -> Table:
+    evidence = f"{row.evidence}, {row.version}" if row.version else row.evidence
+    table = Table(title=f"{row.backend} ({evidence})", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("feature", "", "evidence", "cases", "mistakes noticed", "why not"):
+        table.add_column(column, overflow="fold")
+    if not row.available:
+        table.add_row("(all)", "[dim]not run[/]", "", "0", "0", row.reason)
+    for cell in row.cells:
+        style = _STYLE[cell.state]
+        counts = str(cell.cases), str(cell.mutations)
+        table.add_row(cell.feature, f"[{style}]{cell.state}[/]", cell.evidence, *counts, cell.detail)
+    return table

@@ -1,0 +1,131 @@
+"""The matrix: one cell per environment, read from every pyproject.toml. Standard library only.
+
+A cell is `[[tool.attn-dispatch.ci.cells]]` in `pyproject.toml` (the core's) or `platforms/*/pyproject.toml`:
+
+    name       unique
+    needs      hardware without which it is not run: "" | "nvidia" | "amd" | "intel-gpu" | "tpu"
+    python     "3.11"
+    pins       requirements, exact; the environment is kept under their hash
+    extras     extras of the distribution itself
+    core       extras of attn-dispatch (["conformance"] by default)
+    with       other platforms of this repository that are installed beside
+    any-torch  true: take torch's default build where no CPU build of that version can be had (several GB)
+    commands   run in the repository's root, with the cell's Python as `python`
+    minutes    limit for the commands (20)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+KEYS = {"name", "needs", "python", "pins", "extras", "core", "with", "any-torch", "commands", "minutes"}
+NEEDS = {"", "nvidia", "amd", "intel-gpu", "tpu"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the matrix."""
+
+    name: str
+    folder: Path
+    commands: tuple[str, ...]
+    needs: str = ""
+    python: str = "3.11"
+    pins: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
+    core: tuple[str, ...] = ("conformance",)
+    beside: tuple[str, ...] = ()
+    any_torch: bool = False
+    minutes: float = 20.0
+
+    @property
+    def folders(self) -> list[Path]:
+        """The distributions that are installed from this checkout, the core first."""
+        folders = [ROOT, *(ROOT / "platforms" / name for name in self.beside)]
+        return folders if self.folder == ROOT else [*folders, self.folder]
+
+    def requirements(self) -> list[str]:
+        """Everything that must be installed, without this repository's own distributions."""
+        wanted = [*self.pins, *_requirements(ROOT, ("cli", *self.core)), "hatchling", "hatch-vcs", "editables"]
+        for name in self.beside:
+            wanted += _requirements(ROOT / "platforms" / name, ())
+        if self.folder != ROOT:
+            wanted += _requirements(self.folder, self.extras)
+        return list(dict.fromkeys(wanted))
+
+    def constraints(self) -> list[str]:
+        """Versions of everything else; the cell's own pins come first."""
+        pinned = {pin.partition("==")[0] for pin in self.pins}
+        lines = (ROOT / "ci" / "constraints.txt").read_text().split()
+        return [line for line in lines if line.partition("==")[0] not in pinned]
+
+    def key(self) -> str:
+        """The hash under which its environment is kept."""
+        parts = [self.python, *self.requirements(), *self.constraints(), str(self.any_torch), sys.platform]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _requirements(folder: Path, extras: tuple[str, ...]) -> list[str]:
+    """The dependencies of a distribution with these extras; its own extras of extras resolved."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    wanted, pending, seen = list(project.get("dependencies", [])), list(extras), set()
+    while pending:
+        extra = pending.pop()
+        if extra in seen:
+            continue
+        seen.add(extra)
+        wanted += project.get("optional-dependencies", {})[extra]
+        pending += [e for w in wanted if w.startswith(f"{project['name']}[") for e in w.partition("[")[2][:-1].split(",")]
+    foreign = [w for w in wanted if w.startswith("attn-dispatch[") and folder != ROOT]
+    core = [e for w in foreign for e in w.partition("[")[2][:-1].split(",")]
+    wanted = [w for w in wanted if not w.startswith("attn-dispatch")]
+    return [*wanted, *(_requirements(ROOT, tuple(core)) if core else [])]
+
+
+def cells() -> list[Cell]:
+    """Every cell of the repository.
+
+    Raises:
+        ValueError: a cell is not well formed, or two have one name.
+    """
+    found: list[Cell] = []
+    for file in [ROOT / "pyproject.toml", *sorted(ROOT.glob("platforms/*/pyproject.toml"))]:
+        tool = tomllib.loads(file.read_text()).get("tool", {}).get("attn-dispatch", {})
+        for row in tool.get("ci", {}).get("cells", []):
+            found.append(_cell(file, row))
+    names = [cell.name for cell in found]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two cells have one name: {sorted(names)}")
+    return found
+
+
+def _cell(file: Path, row: dict[str, Any]) -> Cell:
+    unknown = set(row) - KEYS
+    if unknown or "name" not in row or not row.get("commands") or row.get("needs", "") not in NEEDS:
+        raise ValueError(f"{file}: cell {row.get('name')}: unknown keys {sorted(unknown)}, or no name, commands or needs")
+    return Cell(
+        name=row["name"],
+        folder=file.parent,
+        commands=tuple(row["commands"]),
+        needs=row.get("needs", ""),
+        python=row.get("python", "3.11"),
+        pins=tuple(row.get("pins", ())),
+        extras=tuple(row.get("extras", ())),
+        core=tuple(row.get("core", ("conformance",))),
+        beside=tuple(row.get("with", ())),
+        any_torch=row.get("any-torch", False),
+        minutes=float(row.get("minutes", 20)),
+    )
+
+
+if __name__ == "__main__":
+    # For the hosted matrix: cells that a machine without an accelerator can run.
+    json.dump([{"name": c.name, "python": c.python} for c in cells() if not c.needs], sys.stdout)

@@ -1,0 +1,142 @@
+"""Environments for cells: third-party packages once per hash of their pins, this checkout on top. Standard library only.
+
+The packages live in a folder of the user's cache, made whole or not at all, shared by every checkout and never changed
+afterwards. Each checkout has thin environments of its own (`.env/CELL`) which look into that folder and hold the
+repository's distributions, editable.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from cells import ROOT, Cell
+
+Say = Callable[[str], None]
+
+
+class CannotBuild(Exception):
+    """The environment cannot be had on this machine; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where packages are kept: ATTN_DISPATCH_CACHE_DIR, else the user's cache folder."""
+    if given := os.environ.get("ATTN_DISPATCH_CACHE_DIR"):
+        return Path(given) / "environments"
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "attn-dispatch" / "environments"
+
+
+def interpreter(version: str) -> str:
+    """Return a Python of this version: the running one, one on PATH, or one of pyenv's.
+
+    Raises:
+        CannotBuild: there is none.
+    """
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return sys.executable
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates = [shutil.which(f"python{version}"), *(str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*")))]
+    for candidate in candidates:
+        if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return candidate
+    raise CannotBuild(f"needs python {version}")
+
+
+def python_of(folder: Path) -> Path:
+    """The interpreter of an environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def environment(cell: Cell, say: Say) -> Path:
+    """Return the interpreter of the cell's environment for this checkout, building what is missing.
+
+    Raises:
+        CannotBuild: no such Python, or the packages cannot be installed.
+    """
+    packages = _packages(cell, say)
+    folder = ROOT / ".env" / cell.name
+    stamp = folder / "made-for"
+    wanted = "\n".join([str(packages), *map(str, cell.folders), *(p.read_text() for p in _projects(cell))])
+    if not (stamp.exists() and stamp.read_text() == wanted):
+        say("installing this checkout")
+        shutil.rmtree(folder, ignore_errors=True)
+        _run([interpreter(cell.python), "-m", "venv", str(folder)])
+        site = _site_packages(folder)
+        (site / "packages.pth").write_text(f"import site; site.addsitedir({str(_site_packages(packages))!r})\n")
+        install = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+        for distribution in cell.folders:
+            install += ["-e", str(distribution)]
+        _run(install)
+        stamp.write_text(wanted)
+    return python_of(folder)
+
+
+def _projects(cell: Cell) -> list[Path]:
+    return [folder / "pyproject.toml" for folder in cell.folders]
+
+
+def _packages(cell: Cell, say: Say) -> Path:
+    """Return the folder with the cell's third-party packages."""
+    final = cache_folder() / f"{cell.python}-{cell.key()}"
+    if final.exists():
+        return final
+    python = interpreter(cell.python)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{final.name}.", dir=final.parent))
+    try:
+        say(f"installing packages, once: {' '.join(cell.pins) or 'the core and its tests'}")
+        _run([python, "-m", "venv", str(building)])
+        pip = [str(python_of(building)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        (building / "constraints.txt").write_text("\n".join(cell.constraints()))
+        constraints = ["-c", str(building / "constraints.txt")]
+        torch = [pin for pin in cell.pins if pin.partition("==")[0] == "torch"]
+        for pin in torch:
+            _install_torch(pip, pin, cell, say)
+        _run([*pip, *constraints, *(r for r in cell.requirements() if r not in torch), *torch])
+        # Another checkout may have been faster: whoever renames first wins, the loser's work is thrown away.
+        if not final.exists():
+            building.rename(final)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return final
+
+
+def _install_torch(pip: list[str], pin: str, cell: Cell, say: Say) -> None:
+    """Install torch without CUDA, wherever a CPU build of that version can be had."""
+    if cell.needs:  # the build for the hardware is what the cell is about
+        _run([*pip, pin])
+        return
+    if sys.platform == "darwin" or _try([*pip, f"{pin}+cpu"]):
+        if sys.platform == "darwin":
+            _run([*pip, pin])
+        return
+    # uv knows where the project keeps its CPU builds.
+    python = pip[0]
+    if _try([*pip, "uv"]) and _try([python, "-m", "uv", "pip", "install", "-q", "--python", python, "--torch-backend", "cpu", pin]):
+        return
+    if not cell.any_torch:
+        raise CannotBuild(f"no CPU build of {pin} can be had here, and several GB of CUDA are not taken instead")
+    say(f"no CPU build of {pin} can be had here: taking the default build, with its CUDA packages")
+    _run([*pip, "--no-cache-dir", pin])
+
+
+def _site_packages(folder: Path) -> Path:
+    if os.name == "nt":
+        return folder / "Lib" / "site-packages"
+    return next((folder / "lib").glob("python3.*")) / "site-packages"
+
+
+def _try(command: list[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise CannotBuild(f"{' '.join(command[:6])} ... failed:\n{done.stdout[-3000:]}")

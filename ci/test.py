@@ -1,0 +1,139 @@
+"""Pass the tests: `python3 ci/test.py` runs every cell that can run on this machine, each in its own environment.
+
+`python3 ci/test.py CELL...` runs some; `--list` shows the matrix. A cell whose hardware or Python is absent says so and
+is never counted as passed. Exit status 0: everything that ran passed; 1: something failed; 2: no such cell.
+Standard library only: it is what a new machine runs first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cells import ROOT, Cell, cells
+from environment import CannotBuild, environment, interpreter
+
+_PLATFORM_OF = {"nvidia": "nvidia", "amd": "amd", "intel-gpu": "intel-gpu", "tpu": "tpu"}
+
+
+@dataclass
+class Result:
+    """What became of a cell."""
+
+    cell: Cell
+    state: str  # passed | FAILED | not run
+    why: str = ""
+    seconds: float = 0.0
+
+
+def hardware() -> set[str]:
+    """The kinds of accelerator here, by the library's own detection (loaded from its file: nothing is installed yet)."""
+    package = ROOT / "attn_dispatch" / "hardware"
+    file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
+    search = [str(package)] if package.is_dir() else None
+    spec = importlib.util.spec_from_file_location("attn_dispatch_hardware", file, submodule_search_locations=search)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return {device.kind for device in module.detect().devices}
+
+
+def run_cell(cell: Cell, here: set[str], print_lock: threading.Lock) -> Result:
+    """Build a cell's environment and run its commands."""
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        with print_lock:
+            print(f"[{cell.name}] {text}", flush=True)
+
+    if cell.needs and cell.needs not in here:
+        return Result(cell, "not run", f"needs {cell.needs}")
+    try:
+        interpreter(cell.python)
+    except CannotBuild as error:
+        return Result(cell, "not run", str(error))
+    try:
+        python = environment(cell, say)
+    except CannotBuild as error:
+        return Result(cell, "FAILED", str(error), time.monotonic() - started)
+    # `python` is the cell's; what the caller's shell had installed does not count.
+    path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
+    dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    environ = {k: v for k, v in os.environ.items() if k not in dropped} | {"PATH": path}
+    for command in cell.commands:
+        say(command)
+        code, output = _command(command, environ, cell.minutes * 60)
+        with print_lock:
+            print("\n".join(f"[{cell.name}] {line}" for line in output.splitlines()[-60 if code else -6 :]), flush=True)
+        if code:
+            why = f"{command}: " + ("took too long" if code == -signal.SIGKILL else f"exit status {code}")
+            return Result(cell, "FAILED", why, time.monotonic() - started)
+    return Result(cell, "passed", "", time.monotonic() - started)
+
+
+def _command(command: str, environ: dict[str, str], limit_s: float) -> tuple[int, str]:
+    """Run a command and return its exit status and output; one that takes too long is killed with its children."""
+    process = subprocess.Popen(
+        command, shell=True, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=os.name != "nt",
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        if os.name == "nt":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return -signal.SIGKILL, output
+    return process.returncode, output
+
+
+def main() -> int:
+    """Run cells and print what became of each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cell", nargs="*", help="cells to run (default: all)")
+    parser.add_argument("--list", action="store_true", help="show the matrix")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="cells at a time")
+    options = parser.parse_args()
+    matrix = cells()
+    unknown = set(options.cell) - {cell.name for cell in matrix}
+    if unknown:
+        print(f"no such cell: {', '.join(sorted(unknown))}. Known: {', '.join(cell.name for cell in matrix)}")
+        return 2
+    chosen = [cell for cell in matrix if not options.cell or cell.name in options.cell]
+    here = hardware()
+    if options.list:
+        for cell in chosen:
+            state = "" if not cell.needs or cell.needs in here else f"  (not run here: needs {cell.needs})"
+            print(f"{cell.name:<20} python {cell.python}  {' '.join(cell.pins)}{state}")
+        return 0
+    lock = threading.Lock()
+    with ThreadPoolExecutor(max_workers=max(1, options.jobs)) as pool:
+        results = list(pool.map(lambda cell: run_cell(cell, here, lock), chosen))
+    print("\nThe matrix:")
+    for result in results:
+        why = f": {result.why}" if result.why else ""
+        print(f"  {result.cell.name:<20} {result.state:<8} {result.seconds:6.0f} s{why}")
+    counts = {state: sum(r.state == state for r in results) for state in ("passed", "FAILED", "not run")}
+    print(f"\ncells: {counts['passed']} passed, {counts['FAILED']} failed, {counts['not run']} not run")
+    if not counts["passed"] and not counts["FAILED"]:
+        print("nothing ran: nothing is shown")
+        return 1
+    return 1 if counts["FAILED"] else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.exit(main())

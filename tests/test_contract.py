@@ -1,0 +1,223 @@
+"""The contract's own objects: specs, batches, layouts, caches."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attn_dispatch as ad
+from attn_dispatch.contract import CacheGeometry, CacheLayout
+from attn_dispatch.contract.arrays import as_library, library_of
+from attn_dispatch.contract.dtypes import dtype_name, quantise
+from attn_dispatch.errors import ArrayError, CacheError, MetadataError, SpecError
+
+LLAMA = ad.AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, dtype="bfloat16", block_size=32)
+
+
+def test_defaults_are_a_llama_layers() -> None:
+    assert LLAMA.scale == pytest.approx(128**-0.5)
+    assert (LLAMA.causal, LLAMA.window, LLAMA.logits_soft_cap, LLAMA.kind) == (True, (-1, -1), None, "decoder")
+    assert (LLAMA.value_head_size, LLAMA.kv_cache_dtype, LLAMA.writes_kv) == (128, "bfloat16", True)
+    assert ad.AttentionSpec(num_heads=4).num_kv_heads == 4
+
+
+def test_a_spec_is_frozen_hashable_and_has_one_form() -> None:
+    with pytest.raises(FrozenInstanceError):
+        LLAMA.num_heads = 3  # type: ignore[misc]
+    assert len({LLAMA, replace(LLAMA), replace(LLAMA, window=(-1, 0)), replace(LLAMA, logits_soft_cap=0)}) == 1
+    assert replace(LLAMA, window=[511, -1]).window == (511, 0)
+    assert ad.AttentionSpec(num_heads=4, dtype="bf16") == ad.AttentionSpec(num_heads=4, dtype=ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_heads": 5, "num_kv_heads": 2}, "multiple"),
+        ({"head_size": -1}, "head_size=-1"),
+        ({"head_size": 1.5}, "head_size=1.5"),
+        ({"block_size": True}, "block_size"),
+        ({"dtype": "int8"}, "dtype=int8"),
+        ({"dtype": "floaty"}, "floaty"),
+        ({"kv_cache_dtype": "int3"}, "int3"),
+        ({"scale": float("nan")}, "scale"),
+        ({"window": 5}, "window=5"),
+        ({"window": (-2, 0)}, "window"),
+        ({"window": (4, 1)}, "causal"),
+        ({"logits_soft_cap": -1.0}, "logits_soft_cap"),
+        ({"alibi": 1}, "alibi=1"),
+        ({"kind": "decoder-only"}, "kind"),
+        ({"kind": "cross", "causal": True}, "cross"),
+        ({"kind": "cross", "window": (3, -1)}, "cross"),
+    ],
+)
+def test_a_senseless_spec_is_refused(fields: dict, words: str) -> None:
+    with pytest.raises(SpecError, match=words.replace("(", r"\(")):
+        ad.AttentionSpec(**({"num_heads": 4} | fields))
+
+
+def test_what_a_layer_owns_must_fit_its_spec() -> None:
+    alibi = replace(LLAMA, alibi=True)
+    with pytest.raises(SpecError, match="alibi"):
+        ad.attention(alibi, "reference")
+    with pytest.raises(SpecError, match="alibi"):
+        ad.attention(LLAMA, "reference", alibi_slopes=np.ones(32, np.float32))
+    with pytest.raises(SpecError, match=r"\(31,\)"):
+        ad.attention(alibi, "reference", alibi_slopes=np.ones(31, np.float32))
+    with pytest.raises(SpecError, match="k_scale"):
+        ad.attention(LLAMA, "reference", k_scale=2.0)
+    with pytest.raises(SpecError, match="k_scale"):
+        ad.attention(replace(LLAMA, kv_cache_dtype="int8"), "reference", k_scale=0.0)
+
+
+def test_build_and_split() -> None:
+    batch = ad.AttentionMetadata.build([5, 1, 1], [5, 130, 1], [[7], [3, 9, 0, 4, 1], [2]], 32)
+    assert batch.query_start_loc.tolist() == [0, 5, 6, 7]
+    assert batch.slot_mapping.tolist() == [224, 225, 226, 227, 228, 33, 64]
+    assert (batch.max_query_len, batch.max_seq_len, batch.num_decodes, batch.num_prefills) == (5, 130, 2, 1)
+    assert (batch.highest_block, batch.context_lens.tolist()) == (9, [0, 129, 0])
+    assert [a.dtype for a in (batch.query_start_loc, batch.seq_lens, batch.block_table)] == [np.int32] * 3
+    assert batch.slot_mapping.dtype == np.int64
+    decodes, prefills = batch.split()
+    assert decodes.tokens == slice(5, 7)
+    assert prefills.tokens == slice(0, 5)
+    assert decodes.metadata.seq_lens.tolist() == [130, 1]
+    assert decodes.metadata.slot_mapping.tolist() == [33, 64]
+
+
+def test_split_of_mixed_order_gives_indices() -> None:
+    batch = ad.AttentionMetadata.build([1, 3, 1], [4, 3, 9], [[0], [1], [2]], 32)
+    decodes, prefills = batch.split()
+    assert decodes.tokens.tolist() == [0, 4]
+    assert prefills.tokens == slice(1, 4)
+    everything, nothing = batch.split(decode_query_len=3)
+    assert everything.tokens == slice(0, 5)
+    assert nothing.metadata.num_seqs == nothing.metadata.num_tokens == 0
+
+
+def test_unused_entries_of_a_table_are_harmless() -> None:
+    table = np.array([[4, -1, 99999], [2, 3, -7]], dtype=np.int32)
+    batch = ad.AttentionMetadata.build([1, 1], [3, 40], table, 32)
+    assert batch.block_table.tolist() == [[4, 0, 0], [2, 3, 0]]
+    assert batch.highest_block == 4
+
+
+def test_arrays_by_hand_are_checked_too() -> None:
+    good = ad.AttentionMetadata.build([2, 1], [2, 40], [[0], [1, 2]], 32)
+    fields = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
+    arrays = {name: getattr(good, name) for name in fields}
+    ad.AttentionMetadata(**arrays)
+    for name, bad in (
+        ("query_start_loc", good.query_start_loc.astype(np.int64)),
+        ("query_start_loc", np.array([1, 2, 3], np.int32)),
+        ("query_start_loc", np.array([0, 3, 2], np.int32)),
+        ("seq_lens", good.seq_lens.astype(np.float32)),
+        ("seq_lens", good.seq_lens[:1]),
+        ("block_table", good.block_table.astype(np.int64)),
+        ("block_table", good.block_table[:, :1]),
+        ("block_table", good.block_table.tolist()),
+        ("slot_mapping", good.slot_mapping.astype(np.int32)),
+        ("slot_mapping", good.slot_mapping[:2]),
+    ):
+        with pytest.raises(MetadataError, match=name):
+            ad.AttentionMetadata(**(arrays | {name: bad}))
+
+
+def test_padding_has_no_length_and_no_slots() -> None:
+    batch = ad.AttentionMetadata.build([1, 4], [9, 0], [[1], []], 32)
+    assert batch.slot_mapping.tolist() == [40, -1, -1, -1, -1]
+    with pytest.raises(MetadataError, match="sequence 1"):
+        ad.AttentionMetadata.build([1, 4], [9, 3], [[1], [2]], 32)
+
+
+def test_cross_and_encoder_see_the_encoders_side() -> None:
+    batch = ad.AttentionMetadata.build(
+        [1, 2], [9, 2], [[1], [0]], 32, encoder_seq_lens=[40, 3], encoder_query_lens=[0, 3], encoder_block_tables=[[5, 2], [7]]
+    )
+    cross = batch.view("cross")
+    assert (cross.num_tokens, cross.num_new, cross.kv_lens.tolist()) == (3, 3, [40, 3])
+    assert cross.pages.slot_mapping.tolist() == [224, 225, 226]
+    encoder = batch.view("encoder")
+    assert (encoder.num_tokens, encoder.kv_lens.tolist()) == (3, [0, 3])
+    with pytest.raises(MetadataError, match="encoder_seq_lens"):
+        ad.AttentionMetadata.build([1], [9], [[1]], 32).view("cross")
+
+
+@given(st.data())
+def test_a_batch_is_either_refused_or_stays_inside_the_cache(data: st.DataObject) -> None:
+    seqs = data.draw(st.integers(0, 4))
+    ints = st.lists(st.integers(-1, 70), min_size=seqs, max_size=seqs)
+    query, total = data.draw(ints), data.draw(ints)
+    tables = data.draw(st.lists(st.lists(st.integers(-2, 6), max_size=4), min_size=seqs, max_size=seqs))
+    try:
+        batch = ad.AttentionMetadata.build(query, total, tables, 16, num_blocks=5)
+    except ValueError:
+        return
+    assert batch.highest_block < 5
+    assert (batch.block_table >= 0).all()
+    written = batch.slot_mapping[batch.slot_mapping >= 0]
+    assert len(set(written.tolist())) == len(written)
+    assert (written < 5 * 16).all()
+
+
+GEOMETRY = CacheGeometry(num_kv_heads=2, head_size=16, value_head_size=16, block_size=4, dtype="float32")
+LAYOUTS = [
+    ad.HND,
+    ad.NHD,
+    CacheLayout("rocm-like", (("key", "N K D/8 B D%8"), ("value", "N K D B"))),
+    CacheLayout("tpu-like", (("pages", "N B K 2 D"),)),
+    CacheLayout("heads first", (("key", "K N B D"), ("value", "K N B D"))),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_a_layout_is_its_own_inverse(layout: CacheLayout) -> None:
+    rng = np.random.default_rng(0)
+    key, value = rng.standard_normal((2, 3, 2, 4, 16)).astype(np.float32)
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in layout.shapes(GEOMETRY, 3).items()}
+    layout.put_logical(arrays, key, value)
+    found = layout.to_logical(arrays)
+    assert np.array_equal(found[0], key)
+    assert np.array_equal(found[1], value)
+
+
+def test_layouts_say_where_an_element_lies() -> None:
+    key = np.arange(3 * 2 * 4 * 16, dtype=np.float32).reshape(3, 2, 4, 16)
+    rocm = LAYOUTS[2]
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in rocm.shapes(GEOMETRY, 3).items()}
+    rocm.put_logical(arrays, key, key)
+    assert arrays["key"].shape == (3, 2, 2, 4, 8)
+    assert arrays["key"][2, 1, 1, 3, 5] == key[2, 1, 3, 13]
+    assert arrays["value"][2, 1, 13, 3] == key[2, 1, 3, 13]
+    with pytest.raises(CacheError, match="multiple"):
+        rocm.shapes(GEOMETRY._replace(head_size=12), 3)
+    with pytest.raises(CacheError, match="axes"):
+        CacheLayout("broken", (("key", "N K B"), ("value", "N K B D")))
+    with pytest.raises(CacheError, match="Did you mean NHD"):
+        ad.attention(replace(LLAMA, dtype="float32"), "reference").allocate(1).to_layout("NHDD")
+
+
+def test_quantisation_rounds_to_even_and_saturates() -> None:
+    x = np.array([0.05, 0.15, -0.25, 100.0, -100.0], np.float32)
+    assert quantise(x, "int8", 0.1).tolist() == [0, 2, -2, 127, -127]
+    assert quantise(np.array([1e6], np.float32), "float8_e4m3fn", 1.0).astype(np.float32).tolist() == [448.0]
+
+
+def test_types_have_one_name() -> None:
+    names = {dtype_name(t) for t in ("bf16", "torch.bfloat16", ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16))}
+    assert names == {"bfloat16"}
+    with pytest.raises(SpecError, match="complex64"):
+        dtype_name(np.complex64)
+
+
+def test_arrays_know_whose_they_are() -> None:
+    assert library_of(np.zeros(1)) == "numpy"
+    with pytest.raises(ArrayError, match="list"):
+        library_of([1.0])
+    with pytest.raises(ArrayError, match="numpy, torch, jax"):
+        as_library(np.zeros(1), "cupy")
