@@ -17,7 +17,7 @@ from attn_dispatch.cli import models
 from attn_dispatch.cli.generate_report import as_json, summary
 from attn_dispatch.contract.dtypes import COMPUTE_DTYPES, dtype_name
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
-from attn_dispatch.errors import NoBackendError, nearest
+from attn_dispatch.errors import NoBackendError
 
 if TYPE_CHECKING:
     from attn_dispatch.integrations.engine import Completion
@@ -48,7 +48,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With a temperature: draw from this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="With a temperature: of the draws.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, with no chat template.")] = False,
     as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Say more about times, blocks and verdicts.")] = False,
 ) -> None:
@@ -131,8 +131,7 @@ def _named_backend(backend: str | None) -> str | None:
 def _compute_dtype(dtype: str) -> str:
     name = dtype_name(dtype)
     if name not in COMPUTE_DTYPES:
-        known = ", ".join(COMPUTE_DTYPES)
-        raise typer.BadParameter(f"{dtype} is not one of {known}.{nearest(dtype, COMPUTE_DTYPES)}", param_hint="--dtype")
+        raise typer.BadParameter(f"{dtype} is not one of {', '.join(COMPUTE_DTYPES)}", param_hint="--dtype")
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -42,7 +43,7 @@ def as_json(
         for layer, count in cache.attentions
     ]
     return {
-        "backend": ", ".join(dict.fromkeys(layer["backend"] for layer in layers)),
+        "backend": ", ".join(dict.fromkeys(layer.backend.name for layer, _ in cache.attentions)),
         "source": dispatch.requested(backend)[1],
         "layers": layers,
         "prompts": prompts,
@@ -85,15 +86,17 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     times, kv = facts["timings"], facts["kv_cache"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
+    layers: Counter[str] = Counter()
     for layer in facts["layers"]:
-        count = f"{layer['layers']} layer{'s' if layer['layers'] != 1 else ''}"
-        table.add_row("backend", Text(f"{layer['backend']}, by {layer['source']}: {count} of {layer['spec']}"))
+        layers[layer["backend"]] += layer["layers"]
+    for backend, count in layers.items():
+        table.add_row("backend", Text(f"{backend}, by {facts['source']} ({count} layers)"))
     table.add_row("prefill", _speed(times["prefill_tokens"], times["prefill_s"], times["prefill_tokens_per_s"]))
     table.add_row("decode", _speed(times["decode_tokens"], times["decode_s"], times["decode_tokens_per_s"]))
     table.add_row(
         "KV cache",
-        f"{kv['blocks']} blocks of {kv['block_size']} tokens, {_size(kv['blocks'] * kv['block_bytes'])}; "
-        f"{kv['waste']:.1%} of their slots without a token",
+        f"{kv['blocks']} blocks of {kv['block_size']} tokens, {_size(kv['blocks'] * kv['block_bytes'])}, "
+        f"{kv['waste']:.0%} of it unused",
     )
     if not stats:
         return table
@@ -105,6 +108,8 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     held = sum(map(len, facts["prompt_token_ids"])) + sum(map(len, facts["token_ids"]))
     table.add_row("padding", f"none: {held} tokens; a rectangle would hold {kv['padded_tokens']}")
     table.add_row("blocks", f"{kv['blocks_allocated']} allocated, {_size(kv['blocks_allocated'] * kv['block_bytes'])}")
+    for layer in facts["layers"]:
+        table.add_row("layers", Text(f"{layer['layers']} x {layer['spec']}: {layer['backend']}"))
     verdicts = [Text(str(dispatch.explain(layer.spec))) for layer, _ in cache.attentions]
     return Group(table, "", *verdicts)
 

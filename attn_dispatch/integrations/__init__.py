@@ -1,1 +1,1 @@
-"""Other people's engines as clients. The only modules of the core that import torch; nothing in the core imports them."""
+"""Other people's engines as clients: the only modules that import torch. Nothing in the core imports them."""

@@ -7,7 +7,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Plan
@@ -16,6 +15,7 @@ from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
 from attn_dispatch.dispatch import requested
 from attn_dispatch.errors import ModelError
 from attn_dispatch.integrations.layer_spec import layer_parameters, layer_spec
+from attn_dispatch.integrations.padding import Columns, pack, unpack
 
 __all__ = ["attend_cacheless"]
 
@@ -25,12 +25,9 @@ class _Forward:
 
     def __init__(self, mask: Any, batch: int, length: int) -> None:
         self.mask, self.shape = mask, (batch, length)
-        self.rows: Any = None
-        lens = np.full(batch, length, np.int32)
-        if mask is not None:
-            host = mask.to("cpu").numpy()
-            lens = host.sum(1, dtype=np.int32)
-            self.rows = torch.from_numpy(np.flatnonzero(host)).to(mask.device)
+        columns = Columns()
+        columns.length = length
+        lens, self.rows = columns.take(mask, batch, length, np.zeros(batch, np.int32))
         self.metadata = AttentionMetadata.build(query_lens=lens, seq_lens=lens)
         self.plans: dict[tuple[AttentionSpec, str], Plan] = {}
 
@@ -57,7 +54,7 @@ def attend_cacheless(module: Any, query: Any, key: Any, value: Any, mask: Any, o
     Raises:
         ModelError: the keys are not those of the queries' tokens.
     """
-    batch, heads, length, size = query.shape
+    batch, _, length, _ = query.shape
     if key.shape[2] != length:
         raise ModelError(
             f"{type(module).__name__} attends to {key.shape[2]} keys with {length} queries and no paged cache: give "
@@ -76,10 +73,6 @@ def attend_cacheless(module: Any, query: Any, key: Any, value: Any, mask: Any, o
     plan = forward.plans.get(shared)
     if plan is None:
         plan = forward.plans[shared] = layer.plan(forward.metadata)
-    flat = [x.transpose(1, 2).reshape(batch * length, x.shape[1], x.shape[3]) for x in (query, key, value)]
-    if forward.rows is None:
-        return layer.run(plan, *flat).view(batch, length, heads, -1)
-    packed = layer.run(plan, *(x[forward.rows] for x in flat))
-    out = packed.new_zeros((batch * length, *packed.shape[1:]))
-    out[forward.rows] = packed
-    return out.view(batch, length, heads, -1)
+    rows = forward.rows
+    out = layer.run(plan, pack(query, rows), pack(key, rows), pack(value, rows))
+    return unpack(out, rows, batch, length)

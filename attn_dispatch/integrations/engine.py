@@ -114,7 +114,6 @@ class Engine:
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -188,8 +187,8 @@ class Engine:
             needed = self._blocks(sequence, max_new_tokens)
             if not pool.grows and needed > pool.num_blocks:
                 raise CacheError(
-                    f"prompt {sequence.index}: {len(sequence.prompt)} tokens and {max_new_tokens} new ones need {needed} "
-                    f"blocks of {self.cache.sequences.block_size}, the cache has {pool.num_blocks}"
+                    f"prompt {sequence.index}: {len(sequence.prompt)} tokens and {max_new_tokens} new ones need "
+                    f"{needed} blocks of {self.cache.sequences.block_size}, the cache has {pool.num_blocks}"
                 )
 
     def _blocks(self, sequence: Completion, max_new_tokens: int) -> int:
@@ -197,7 +196,7 @@ class Engine:
         return -(-(len(sequence.prompt) + max_new_tokens - 1) // self.cache.sequences.block_size)
 
     def _admit(self, waiting: deque[Completion], running: list[Completion], max_new_tokens: int) -> None:
-        """Let prompts in while there is room for all that they may still become (nothing has to be thrown out later)."""
+        """Let prompts in while there is room for all that they may become: nothing is thrown out later."""
         pool = self.cache.pool
         promised = sum(self._blocks(sequence, max_new_tokens) for sequence in running)
         while waiting and len(running) < self.max_sequences:
@@ -219,7 +218,7 @@ class Engine:
         return pieces
 
     def _step(self, run: Run, pieces: list[tuple[Completion, int]]) -> Any:
-        """Compute the next tokens of these sequences; return the logits after each prompt or sequence that is complete."""
+        """Run the model over the next tokens of these sequences; return the logits after each complete one."""
         tokens: list[int] = []
         positions: list[int] = []
         last: list[int] = []
@@ -240,13 +239,14 @@ class Engine:
     def _forward(self, rows: Any, new: Any, tokens: list[int], positions: list[int], last: list[int]) -> Any:
         device = self.model.device
         self.cache.next_step(rows, new)
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
-        )
+        with torch.inference_mode():
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
+            )
         return output.logits[0]
 
     def _warm_up(self, token: int) -> None:

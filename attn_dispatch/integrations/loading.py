@@ -83,8 +83,10 @@ def load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), tokenizer
 
 
-def convert_gguf(source: Path, target: Path, progress: Callable[[str, float], None] = lambda phase, share: None) -> None:
-    """Write a GGUF file's model and tokenizer as a transformers folder; weights are unpacked to float32, losing nothing.
+def convert_gguf(
+    source: Path, target: Path, progress: Callable[[str, float], None] = lambda phase, share: None
+) -> None:
+    """Write a GGUF file's model and tokenizer as a transformers folder, unpacked to float32: nothing is lost.
 
     Args:
         source: the file.

@@ -11,9 +11,7 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Plan
@@ -23,9 +21,11 @@ from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
 from attn_dispatch.errors import CacheError, ModelError, PlanError
 from attn_dispatch.integrations.blocks import BlockPool
 from attn_dispatch.integrations.layer_spec import layer_parameters, layer_spec
+from attn_dispatch.integrations.padding import Columns
+from attn_dispatch.integrations.paged_layer import BoundLayer, PagedLayer, PagedStep
 from attn_dispatch.integrations.sequences import Rows, Sequences, StepBatch
 
-__all__ = ["NAME", "BoundLayer", "PagedCache", "PagedLayer", "PagedStep"]
+__all__ = ["NAME", "PagedCache"]
 
 NAME = "attn_dispatch"
 """What `attn_implementation=` is to be."""
@@ -34,88 +34,10 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention", "dummy", "moe", "mlp"}
 _FIRST_BLOCKS = 16  # blocks of a cache that grows, before it has seen a batch
 
 
-class PagedStep:
-    """One forward of the model: its batch (known at the first layer's attention) and its plans, one per spec."""
-
-    __slots__ = ("batch_size", "length", "plans", "rows", "state", "used")
-
-    def __init__(self, batch_size: int, length: int, state: StepBatch | None = None) -> None:
-        self.batch_size = batch_size
-        self.length = length
-        self.state = state
-        self.rows: Any = None  # i64[T], which rows of the rectangle are tokens (None: all)
-        self.plans: list[Plan | None] = []
-        self.used = False  # a layer has attended
-
-
-class BoundLayer:
-    """An attention module on its backend. `group`: which of the step's plans is its own."""
-
-    __slots__ = ("attention", "group", "writes")
-
-    def __init__(self, layer: Attention, group: int) -> None:
-        self.attention = layer
-        self.group = group
-        self.writes = layer.spec.writes_kv
-
-
-class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
-    """One layer's place in a `PagedCache`: the blocks' arrays. Everything that layers share is the cache's."""
-
-    is_sliding = False  # the whole sequence is kept: a window is the kernel's business
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, cache: PagedCache, index: int) -> None:
-        super().__init__()
-        self.cache = cache
-        self.index = index
-        self.store: KVCache | None = None
-        self.step_number = -1  # the last step that it took part in
-
-    def lazy_initialization(self, key_states: Any, value_states: Any) -> None:
-        """Do nothing: the arrays are made when the layer attends, by the backend that runs it."""
-
-    def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Take part in the step. The keys carry the layer to the attention function, which is what stores them."""
-        self.cache.join(self, key_states.shape[0], key_states.shape[2])
-        key_states.paged_layer = self
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the columns of the mask, and the first of them."""
-        return self.cache.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Return the columns of the batch so far, padding included, as transformers counts."""
-        return self.cache.length
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no limit but the pool's."""
-        return -1
-
-    def offload(self) -> None:
-        """Refuse: blocks are moved by `KVCache.swap_blocks`."""
-        raise CacheError("a PagedCache does not offload its layers; use KVCache.swap_blocks")
-
-    prefetch = offload
-
-    # What concerns the sequences is done once for all the layers.
-
-    def reset(self) -> None:
-        """Forget everything; see `PagedCache.reset`."""
-        self.cache.reset()
-
-    def reorder_cache(self, beam_idx: Any) -> None:
-        """Refuse one layer alone."""
-        raise CacheError("the layers of a PagedCache share their block tables: reorder the cache, not one layer")
-
-
 class PagedCache(Cache):  # type: ignore[misc]
     """A paged key/value cache for a transformers model whose `attn_implementation` is "attn_dispatch".
 
     Attributes:
-        length: columns of the batch so far, padding included (0 when packed).
         sequences: lengths and block tables.
         pool: the blocks.
         backend: what `attention` was asked for.
@@ -159,14 +81,17 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.sequences = Sequences(block_size, self.pool)
         self.backend = backend
         self.kv_cache_dtype = kv_cache_dtype
-        self.length = 0
-        self._plain = 0  # trailing columns without padding
-        self._padded = False
+        self._columns = Columns()
         self._packed = False
         self._step: PagedStep | None = None
         self._number = 0  # of the step; layers that lag behind it still have to take part
         self._bound: dict[Any, BoundLayer] = {}
         self._groups: list[tuple[AttentionSpec, str]] = []
+
+    @property
+    def length(self) -> int:
+        """Columns of a padded batch so far, padding included (0 when packed)."""
+        return self._columns.length
 
     # A step.
 
@@ -178,12 +103,12 @@ class PagedCache(Cache):  # type: ignore[misc]
         """
         if self.length:
             raise CacheError("this cache holds a padded batch; reset() it before packed steps")
-        state = self.sequences.extend(rows, new)
+        batch = self.sequences.extend(rows, new)
         self._packed = True
-        self._start(PagedStep(1, int(new.sum()), state))
+        self._start(PagedStep(1, int(new.sum()), batch))
 
     def _start(self, step: PagedStep) -> None:
-        if self._step is not None and not self._step.used:
+        if self._step is not None and not self._step.attended:
             raise ModelError(
                 f"the last step's keys were never attended to: the model's attn_implementation is not {NAME!r}. "
                 f"model.set_attn_implementation({NAME!r}), and reset() this cache"
@@ -202,7 +127,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             elif batch_size != self.sequences.count:
                 raise CacheError(f"the cache holds {self.sequences.count} sequences, this batch is of {batch_size}")
             self._start(PagedStep(batch_size, length))
-            self.length += length
+            self._columns.length += length
         step = self._step
         assert step is not None
         if (step.batch_size, step.length) != (batch_size, length):
@@ -222,48 +147,19 @@ class PagedCache(Cache):  # type: ignore[misc]
         """
         step = self._step
         assert step is not None
-        if step.state is None:
+        if step.batch is None:
             try:
-                step.state = self._unpad(step, mask)
-            except Exception:
-                self._undo(step)
+                new, step.rows = self._columns.take(mask, step.batch_size, step.length, self.sequences.lens)
+                step.batch = self.sequences.extend(np.arange(step.batch_size), new)
+            except CacheError:
+                self._forget(step)
                 raise
-        step.used = True
-        return step, step.state
+        step.attended = True
+        return step, step.batch
 
-    def _unpad(self, step: PagedStep, mask: Any) -> StepBatch:
-        rows = np.arange(step.batch_size)
-        if mask is None:
-            if self._padded:
-                raise CacheError("earlier columns were padding, but attention_mask says that there is none: give it all")
-            self._plain += step.length
-            return self.sequences.extend(rows, np.full(step.batch_size, step.length, np.int32))
-        host = mask.to("cpu").numpy()
-        if host.shape != (step.batch_size, self.length):
-            raise CacheError(
-                f"attention_mask is {host.shape}, the cache holds {self.length - step.length} columns and "
-                f"{step.length} are new: it has to be ({step.batch_size}, {self.length})"
-            )
-        recent = host[:, -step.length :]
-        earlier = host[:, : -step.length].sum(1)
-        if (earlier != self.sequences.lens).any():
-            s = int(np.argmax(earlier != self.sequences.lens))
-            raise CacheError(
-                f"sequence {s}: attention_mask keeps {int(earlier[s])} of the earlier columns, the cache has "
-                f"{int(self.sequences.lens[s])}: what is in a cache cannot be masked afterwards"
-            )
-        state = self.sequences.extend(rows, recent.sum(1, dtype=np.int32))
-        if recent.all():
-            self._plain += step.length
-        else:
-            step.rows = torch.from_numpy(np.flatnonzero(recent)).to(mask.device)
-            self._plain = int(np.argmin(recent.all(0)[::-1]))
-        self._padded = True
-        return state
-
-    def _undo(self, step: PagedStep) -> None:
-        """Forget a step that could not be made, so that another can be tried."""
-        self.length -= step.length
+    def _forget(self, step: PagedStep) -> None:
+        """Take back a step that could not be made, so that another can be tried."""
+        self._columns.length -= step.length
         self._step = None
         for layer in self.layers:
             layer.step_number = -1
@@ -301,17 +197,17 @@ class PagedCache(Cache):  # type: ignore[misc]
             bound = self._bound[module] = BoundLayer(chosen, self._groups.index(group))
         return bound
 
-    def plan(self, step: PagedStep, state: StepBatch, bound: BoundLayer) -> Plan:
+    def plan(self, step: PagedStep, batch: StepBatch, bound: BoundLayer) -> Plan:
         """Return the step's plan for the specs that are equal to this layer's, made once."""
         plans = step.plans
         while len(plans) <= bound.group:
             plans.append(None)
         plan = plans[bound.group]
         if plan is None:
-            plan = plans[bound.group] = bound.attention.plan(state.metadata)
+            plan = plans[bound.group] = bound.attention.plan(batch.metadata)
         return plan
 
-    def store(self, layer: PagedLayer, state: StepBatch, bound: BoundLayer, device: Any) -> KVCache:
+    def store(self, layer: PagedLayer, batch: StepBatch, bound: BoundLayer, device: Any) -> KVCache:
         """Return a layer's blocks, as many as the pool has, with shared ones copied before they are written into."""
         store = layer.store
         if store is None or store.num_blocks < self.pool.num_blocks:
@@ -321,8 +217,8 @@ class PagedCache(Cache):  # type: ignore[misc]
                 store.swap_blocks(grown, [(block, block) for block in range(store.num_blocks)])
             store = layer.store = grown
             layer.is_initialized = True
-        if state.copy_from and bound.writes:
-            store.copy_blocks(state.copy_from, state.copy_to)
+        if batch.copy_from and bound.writes:
+            store.copy_blocks(batch.copy_from, batch.copy_to)
         return store
 
     @property
@@ -355,8 +251,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all sequences; the blocks stay allocated."""
         self.sequences.clear()
-        self.length = self._plain = 0
-        self._padded = self._packed = False
+        self._columns = Columns()
+        self._packed = False
         self._step = None
         for layer in self.layers:
             layer.step_number = -1
@@ -369,15 +265,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         """
         if tokens_to_remove > 0:
             raise CacheError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
-        count = -tokens_to_remove
-        if count > self._plain:
-            raise CacheError(
-                f"crop(-{count}): only the last {self._plain} columns hold a token of every sequence; padding cannot "
-                "be put back"
-            )
-        self.sequences.truncate(np.arange(self.sequences.count), count)
-        self.length -= count
-        self._plain -= count
+        self._columns.drop(-tokens_to_remove)
+        self.sequences.truncate(np.arange(self.sequences.count), -tokens_to_remove)
 
     def _select(self, order: Rows) -> None:
         if self._packed:

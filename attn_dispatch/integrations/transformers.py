@@ -19,7 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from attn_dispatch.errors import ModelError
 from attn_dispatch.integrations.cacheless import attend_cacheless
-from attn_dispatch.integrations.paged_cache import NAME, PagedCache, PagedLayer
+from attn_dispatch.integrations.padding import pack, unpack
+from attn_dispatch.integrations.paged_cache import NAME, PagedCache
+from attn_dispatch.integrations.paged_layer import PagedLayer
 
 __all__ = ["NAME", "PagedCache", "attention_forward", "padding_mask", "register"]
 
@@ -112,34 +114,20 @@ def attention_forward(
     if layer is None:
         return attend_cacheless(module, query, key, value, attention_mask, options), None
     cache = layer.cache
-    step, state = cache.ready(attention_mask)
+    step, batch = cache.ready(attention_mask)
     bound = cache.bind(module, layer, query, key, value, options)
-    plan = cache.plan(step, state, bound)
-    store = cache.store(layer, state, bound, key.device)
-    batch, heads, length, size = query.shape
+    plan = cache.plan(step, batch, bound)
+    store = cache.store(layer, batch, bound, key.device)
     rows = step.rows
-    q = query.transpose(1, 2).reshape(batch * length, heads, size)
-    k = v = None
-    if bound.writes:
-        k = key.transpose(1, 2).reshape(batch * length, *_row(key))
-        v = value.transpose(1, 2).reshape(batch * length, *_row(value))
-    if rows is None:
-        out = bound.attention.run(plan, q, k, v, store)
-        return out.view(batch, length, heads, -1), None
-    if k is not None:
-        k, v = k[rows], v[rows]
-    packed = bound.attention.run(plan, q[rows], k, v, store)
-    out = packed.new_zeros((batch * length, *packed.shape[1:]))
-    out[rows] = packed
-    return out.view(batch, length, heads, -1), None
-
-
-def _row(states: Any) -> tuple[int, int]:
-    return states.shape[1], states.shape[3]
+    k, v = (pack(key, rows), pack(value, rows)) if bound.writes else (None, None)
+    out = bound.attention.run(plan, pack(query, rows), k, v, store)
+    return unpack(out, rows, step.batch_size, step.length), None
 
 
 def _refuse(module: Any, dropout: float, mask: Any) -> None:
     if dropout:
         raise ModelError(f"dropout={dropout}: {NAME} is for inference; call model.eval()")
     found = "a position bias" if mask is None or mask.ndim == 2 else f"a mask of shape {tuple(mask.shape)}"
-    raise ModelError(f"{type(module).__name__} brings {found}; {NAME} takes padding as bool[batch, columns] and no bias")
+    raise ModelError(
+        f"{type(module).__name__} brings {found}; {NAME} takes bool[batch, columns] for padding, and no bias"
+    )
