@@ -83,7 +83,9 @@ def _requirements(folder: Path, extras: tuple[str, ...]) -> list[str]:
             continue
         seen.add(extra)
         wanted += project.get("optional-dependencies", {})[extra]
-        pending += [e for w in wanted if w.startswith(f"{project['name']}[") for e in w.partition("[")[2][:-1].split(",")]
+        pending += [
+            e for w in wanted if w.startswith(f"{project['name']}[") for e in w.partition("[")[2][:-1].split(",")
+        ]
     foreign = [w for w in wanted if w.startswith("attn-dispatch[") and folder != ROOT]
     core = [e for w in foreign for e in w.partition("[")[2][:-1].split(",")]
     wanted = [w for w in wanted if not w.startswith("attn-dispatch")]
@@ -110,7 +112,9 @@ def cells() -> list[Cell]:
 def _cell(file: Path, row: dict[str, Any]) -> Cell:
     unknown = set(row) - KEYS
     if unknown or "name" not in row or not row.get("commands") or row.get("needs", "") not in NEEDS:
-        raise ValueError(f"{file}: cell {row.get('name')}: unknown keys {sorted(unknown)}, or no name, commands or needs")
+        raise ValueError(
+            f"{file}: cell {row.get('name')}: unknown keys {sorted(unknown)}, or no name, commands or needs"
+        )
     return Cell(
         name=row["name"],
         folder=file.parent,

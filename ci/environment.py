@@ -41,7 +41,10 @@ def interpreter(version: str) -> str:
     if version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    candidates = [shutil.which(f"python{version}"), *(str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*")))]
+    candidates = [
+        shutil.which(f"python{version}"),
+        *(str(p / "bin" / "python") for p in sorted(pyenv.glob(f"{version}.*"))),
+    ]
     for candidate in candidates:
         if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
             return candidate
@@ -118,7 +121,9 @@ def _install_torch(pip: list[str], pin: str, cell: Cell, say: Say) -> None:
         return
     # uv knows where the project keeps its CPU builds.
     python = pip[0]
-    if _try([*pip, "uv"]) and _try([python, "-m", "uv", "pip", "install", "-q", "--python", python, "--torch-backend", "cpu", pin]):
+    if _try([*pip, "uv"]) and _try(
+        [python, "-m", "uv", "pip", "install", "-q", "--python", python, "--torch-backend", "cpu", pin]
+    ):
         return
     if not cell.any_torch:
         raise CannotBuild(f"no CPU build of {pin} can be had here, and several GB of CUDA are not taken instead")

@@ -29,7 +29,9 @@ class Broken(ReferenceBackend):
         super().__init__("broken")
         self.spec, self.before, self.after = spec, before, after
 
-    def run(self, plan: Plan, q: Any, k: Any, v: Any, cache: Any, layer: Any, out: Any = None, *, return_lse: bool = False) -> Any:
+    def run(
+        self, plan: Plan, q: Any, k: Any, v: Any, cache: Any, layer: Any, out: Any = None, *, return_lse: bool = False
+    ) -> Any:
         wrong = Plan(spec=self.spec(plan.spec), view=plan.view)
         q, k, v, cache, layer = self.before(q, k, v, cache, layer)
         result = super().run(wrong, q, k, v, cache, layer, return_lse=True)

@@ -137,7 +137,13 @@ def test_padding_has_no_length_and_no_slots() -> None:
 
 def test_cross_and_encoder_see_the_encoders_side() -> None:
     batch = ad.AttentionMetadata.build(
-        [1, 2], [9, 2], [[1], [0]], 32, encoder_seq_lens=[40, 3], encoder_query_lens=[0, 3], encoder_block_tables=[[5, 2], [7]]
+        [1, 2],
+        [9, 2],
+        [[1], [0]],
+        32,
+        encoder_seq_lens=[40, 3],
+        encoder_query_lens=[0, 3],
+        encoder_block_tables=[[5, 2], [7]],
     )
     cross = batch.view("cross")
     assert (cross.num_tokens, cross.num_new, cross.kv_lens.tolist()) == (3, 3, [40, 3])

@@ -84,7 +84,13 @@ def test_every_room_has_a_floor() -> None:
 
 @pytest.mark.parametrize(
     "planted",
-    ["import torch", "from torch import nn", "def f():\n    import jax", "import attn_dispatch_cpu", "from attn_dispatch.cli import app"],
+    [
+        "import torch",
+        "from torch import nn",
+        "def f():\n    import jax",
+        "import attn_dispatch_cpu",
+        "from attn_dispatch.cli import app",
+    ],
 )
 def test_a_planted_import_is_noticed(planted: str) -> None:
     path = CORE / "dispatch.py"

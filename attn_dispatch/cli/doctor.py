@@ -73,13 +73,13 @@ def _page(reports: list[Report], problem: str, explanation: dispatch.Explanation
     installed, machine = dispatch.registry(), dispatch.machine()
     parts: list[object] = [f"[bold]Machine[/]  {machine.name}: {escape(machine.description)}"]
     parts += [f"  [yellow]![/] {escape(str(note))}" for note in machine.facts.get("problems", ()) or ()]  # type: ignore[attr-defined]
-    parts.append(_platforms(machine.name))
-    parts.append(_backends(reports))
+    parts += ["\n[bold]Platforms[/]", _platforms(dispatch.platform()), "\n[bold]Backends[/]", _backends(reports)]
     parts += [f"[yellow]![/] {escape(text)}" for text in installed.problems]
     if problem:
         parts.append(f"[bold red]![/] {escape(problem)}")
     if explanation is not None:
-        table = Table(title=f"Who runs {explanation.spec}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        parts.append(f"\n[bold]Who runs[/] {explanation.spec}")
+        table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("backend", "", "why"):
             table.add_column(column, overflow="fold")
         for v in explanation.verdicts:
@@ -95,7 +95,7 @@ def _page(reports: list[Report], problem: str, explanation: dispatch.Explanation
 
 
 def _platforms(here: str) -> Table:
-    table = Table(title="Platforms", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("platform", "backends, in order of choice", "to have one"):
         table.add_column(column, overflow="fold")
     for name, advice in _ADVICE.items():
@@ -106,7 +106,7 @@ def _platforms(here: str) -> Table:
 
 
 def _backends(reports: list[Report]) -> Table:
-    table = Table(title="Backends", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("backend", "state", "version", "found, and what to do"):
         table.add_column(column, overflow="fold")
     for report in reports:
@@ -115,5 +115,3 @@ def _backends(reports: list[Report]) -> Table:
             text = f"{text}\n{report.details.splitlines()[-1]}"
         table.add_row(report.name, _SIGNS[report.state], report.version, escape(text))
     return table
-
-

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -55,22 +56,30 @@ def verify(
         typer.echo(json.dumps(data, indent=2))
     else:
         for row in rows:
-            Console(highlight=False).print(_table(row))
+            Console(highlight=False).print(_page(row))
     if markdown is not None:
         markdown.write_text(report.as_markdown(rows), encoding="utf-8")
     if any(row.failed for row in rows):
         raise typer.Exit(1)
 
 
-def _table(row: report.Row) -> Table:
-    evidence = f"{row.evidence}, {row.version}" if row.version else row.evidence
-    table = Table(title=f"{row.backend} ({evidence})", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("feature", "", "evidence", "cases", "mistakes noticed", "why not"):
-        table.add_column(column, overflow="fold")
+def _page(row: report.Row) -> Group:
+    """One backend: its features, then every reason once, with the features that it concerns."""
+    version = f" {row.version}" if row.version else ""
+    head = f"\n[bold]{row.backend}[/]{version}  evidence: {row.evidence}"
     if not row.available:
-        table.add_row("(all)", "[dim]not run[/]", "", "0", "0", row.reason)
+        return Group(head, f"not run: {escape(row.reason)}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("feature", "", "cases", "mistakes noticed"):
+        table.add_column(column)
+    reasons: dict[tuple[str, str], list[str]] = {}
     for cell in row.cells:
         style = _STYLE[cell.state]
-        counts = str(cell.cases), str(cell.mutations)
-        table.add_row(cell.feature, f"[{style}]{cell.state}[/]", cell.evidence, *counts, cell.detail)
-    return table
+        table.add_row(cell.feature, f"[{style}]{cell.state}[/]", str(cell.cases), str(cell.mutations))
+        if cell.detail:
+            reasons.setdefault((cell.state, cell.detail), []).append(cell.feature)
+    notes = [
+        f"[{_STYLE[state]}]{state}[/] {', '.join(features)}: {escape(text)}"
+        for (state, text), features in reasons.items()
+    ]
+    return Group(head, table, *notes)
