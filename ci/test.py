@@ -8,21 +8,20 @@ Standard library only: it is what a new machine runs first.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from cells import ROOT, Cell, cells
 from environment import CannotBuild, environment, interpreter
-
-_PLATFORM_OF = {"nvidia": "nvidia", "amd": "amd", "intel-gpu": "intel-gpu", "tpu": "tpu"}
 
 
 @dataclass
@@ -36,17 +35,12 @@ class Result:
 
 
 def hardware() -> set[str]:
-    """The kinds of accelerator here, by the library's own detection (loaded from its file: nothing is installed yet)."""
-    package = ROOT / "attn_dispatch" / "hardware"
-    file = package / "__init__.py" if package.is_dir() else package.with_suffix(".py")
-    search = [str(package)] if package.is_dir() else None
-    spec = importlib.util.spec_from_file_location("attn_dispatch_hardware", file, submodule_search_locations=search)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return {device.kind for device in module.detect().devices}
+    """The kinds of accelerator here, by the library's own detection (it needs nothing that is not installed yet)."""
+    core = types.ModuleType("attn_dispatch")  # the folder without its door, which would want NumPy
+    core.__path__ = [str(ROOT / "attn_dispatch")]
+    sys.modules["attn_dispatch"] = core
+    detect = importlib.import_module("attn_dispatch.hardware").detect
+    return {device.kind for device in detect().devices}
 
 
 def run_cell(cell: Cell, here: set[str], print_lock: threading.Lock) -> Result:
