@@ -37,8 +37,8 @@ class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
         raise TypeError("bf16 constants are not needed by any kernel")
 
 
+_BFloat._create_instance()
 BF16 = _BFloat()
-BF16._create_instance()
 
 
 def vec(element: Any, lanes: int) -> Any:

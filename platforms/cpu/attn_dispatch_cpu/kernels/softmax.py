@@ -1,0 +1,143 @@
+"""Softmax over tiles of scores: 16 lanes at a time, online over chunks of the context.
+
+Both kernels keep their state per lane. In narrow tiles a lane is (row, one of 4 tokens) and the row's maximum is shared
+by its 4 lanes; in wide tiles a lane is a row. Scores arrive raw (q . k); `multiplier` takes them to powers of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import float32, int64, void
+from numba.extending import intrinsic
+
+from attn_dispatch_cpu.kernels.vector import F32, I16, I32, LOG2E, Emit, Value, vec
+
+L = 16
+ROW = vec(F32, L)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def adjust(tc: Any, scores: Any, tiles: Any, facts: Any, position: Any, step: Any, token_scales: Any, flags: Any,
+           scale: Any, cap: Any) -> Any:  # fmt: skip
+    """Apply what is not a plain factor, in place: scores become base-2 logits, masked ones -inf.
+
+    Args:
+        scores: f32[tiles][16].
+        facts: f32[5][16] per lane: first visible position, one past the last, ALiBi slope, query position, offset of
+            the lane's token inside its tile (0 for wide tiles).
+        position: of the first tile's first token.
+        step: tokens of a tile (4 or 1); `token_scales` advances by as many.
+        token_scales: f32 per token (f32[4] spread over the lanes of a narrow tile), or 0.
+        flags: 1 soft-cap, 2 ALiBi.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, b = Emit(builder), builder
+        scores, tiles, facts, position, step, token_scales, flags, scale, cap = args
+        low, high, slope, query, offset = (e.load(e.add(facts, 64 * i), ROW) for i in range(5))
+        minus_inf = e.const(float("-inf"), L)
+        scale = e.splat(scale, L)
+        has_cap = b.icmp_signed("!=", b.and_(flags, e.int(1)), e.int(0))
+        has_alibi = b.icmp_signed("!=", b.and_(flags, e.int(2)), e.int(0))
+        has_scales = b.icmp_signed("!=", token_scales, e.int(0))
+        narrow = b.icmp_signed("==", step, e.int(4))
+        with e.loop(tiles) as i:
+            at = e.add(scores, e.mul(i, 64))
+            token = b.add(position, b.mul(i, step))
+            where = b.fadd(e.splat(b.sitofp(token, F32), L), offset)
+            x = e.local(ROW, b.fmul(e.load(at, ROW), scale))
+            with b.if_then(has_scales):
+                entry = e.add(token_scales, b.mul(b.mul(i, step), e.int(4)))
+                with b.if_else(narrow) as (then, otherwise):
+                    with then:
+                        four = e.load(entry, vec(F32, 4))
+                        b.store(b.fmul(b.load(x), e.shuffle(four, four, [0, 1, 2, 3] * 4)), x)
+                    with otherwise:
+                        b.store(b.fmul(b.load(x), e.splat(e.load(entry, F32), L)), x)
+            with b.if_then(has_cap):
+                b.store(b.fmul(e.splat(cap, L), _tanh(e, b.fdiv(b.load(x), e.splat(cap, L)))), x)
+            with b.if_then(has_alibi):
+                away = b.fsub(query, where)
+                away = e.maximum(away, b.fneg(away))
+                b.store(b.fsub(b.load(x), b.fmul(slope, away)), x)
+            seen = b.and_(b.fcmp_ordered(">=", where, low), b.fcmp_ordered("<", where, high))
+            logits = b.fmul(b.load(x), e.const(LOG2E, L))
+            e.store(b.select(seen, logits, minus_inf), at)
+        return context.get_dummy_value()
+
+    return void(int64, int64, int64, int64, int64, int64, int64, float32, float32), codegen
+
+
+def _tanh(e: Emit, x: Value) -> Value:
+    """tanh, 2e-7 absolute and 1e-6 relative: an odd series near 0, where the quotient of exponentials cancels."""
+    b, lanes = e.b, x.type.count
+    size = e.maximum(x, b.fneg(x))
+    power = e.exp2(b.fmul(size, e.const(-2.0 * LOG2E, lanes)))
+    large = b.fdiv(b.fsub(e.const(1.0, lanes), power), b.fadd(e.const(1.0, lanes), power))
+    square = b.fmul(size, size)
+    series = e.const(62.0 / 2835.0, lanes)
+    for coefficient in (-17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0):
+        series = e.fma(series, square, e.const(coefficient, lanes))
+    small = b.fmul(series, size)
+    result = b.select(b.fcmp_ordered("<", size, e.const(0.25, lanes)), small, large)
+    sign = b.and_(b.bitcast(x, vec(I32, lanes)), e.consti(-(2**31), lanes))
+    return b.bitcast(b.or_(b.bitcast(result, vec(I32, lanes)), sign), vec(F32, lanes))
+
+
+def _rescale(e: Emit, state: Value, peak: Value) -> tuple[Value, Value]:
+    """Raise the maximum of `state` (f32[16] maximum, f32[16] sum) to `peak`; return (shift, factor on old sums).
+
+    A lane that has seen nothing yet keeps -inf; its shift is then 0, so that exp2(-inf - shift) is 0 and never NaN.
+    """
+    b = e.b
+    old = e.load(state, ROW)
+    peak = e.maximum(peak, old)
+    e.store(peak, state)
+    empty = b.fcmp_ordered("==", peak, e.const(float("-inf"), L))
+    shift = b.select(empty, e.const(0.0, L), peak)
+    return shift, e.exp2(b.fsub(old, shift))
+
+
+def make_narrow_softmax(dot: bool) -> Any:
+    """Build (scores, tiles, weights, state, factors, token_scales, multiplier): weights are bf16 if `dot`, else f32."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def softmax(tc: Any, scores: Any, tiles: Any, weights: Any, state: Any, factors: Any, token_scales: Any,
+                multiplier: Any) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            e, b = Emit(builder), builder
+            scores, tiles, weights, state, factors, token_scales, multiplier = args
+            peak = e.local(ROW, e.const(float("-inf"), L))
+            with e.loop(tiles) as i:
+                b.store(e.maximum(e.load(e.add(scores, e.mul(i, 64)), ROW), b.load(peak)), peak)
+            top = b.load(peak)
+            for swap in ([1, 0, 3, 2], [2, 3, 0, 1]):
+                top = e.maximum(top, e.shuffle(top, top, [q + s for q in range(0, L, 4) for s in swap]))
+            factor = e.splat(multiplier, L)
+            shift, correction = _rescale(e, state, b.fmul(top, factor))
+            e.store(correction, factors)
+            total_at = e.add(state, 64)
+            total = e.local(ROW, b.fmul(e.load(total_at, ROW), correction))
+            minus_shift = b.fneg(shift)
+            scaled = b.icmp_signed("!=", token_scales, e.int(0))
+            with e.loop(tiles) as i:
+                weight = e.exp2(e.fma(e.load(e.add(scores, e.mul(i, 64)), ROW), factor, minus_shift))
+                b.store(b.fadd(b.load(total), weight), total)
+                if dot:
+                    e.store(e.round_bf16_fast(weight), e.add(weights, e.mul(i, 32)))
+                else:
+                    kept = e.local(ROW, weight)
+                    with b.if_then(scaled):
+                        four = e.load(e.add(token_scales, e.mul(i, 16)), vec(F32, 4))
+                        b.store(b.fmul(weight, e.shuffle(four, four, [0, 1, 2, 3] * 4)), kept)
+                    e.store(b.load(kept), e.add(weights, e.mul(i, 64)))
+            e.store(b.load(total), total_at)
+            return context.get_dummy_value()
+
+        return void(int64, int64, int64, int64, int64, int64, float32), codegen
+
+    return softmax
+
+
+__all__ = ["I16", "L", "adjust", "make_narrow_softmax"]
