@@ -1,0 +1,9 @@
+"""The cache manager: which blocks belong to whom. Host bookkeeping only; it never sees a key or a value."""
+
+from attn_dispatch.cache.manager import CacheManager
+from attn_dispatch.cache.pool import BlockPool
+from attn_dispatch.cache.radix import PrefixTree
+from attn_dispatch.cache.results import Exhausted, Step, Swap, Usage
+from attn_dispatch.cache.sequence import Sequence
+
+__all__ = ["BlockPool", "CacheManager", "Exhausted", "PrefixTree", "Sequence", "Step", "Swap", "Usage"]

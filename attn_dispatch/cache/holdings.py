@@ -1,0 +1,206 @@
+"""`Holdings`: the sequences that are alive and what each holds; the part of the manager that is not about steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable
+
+from attn_dispatch.cache.pool import BlockPool, Scrub
+from attn_dispatch.cache.radix import Node, PrefixTree
+from attn_dispatch.cache.sequence import Sequence, as_tokens
+from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
+from attn_dispatch.errors import CacheError
+
+__all__ = ["Holdings"]
+
+
+class Holdings:
+    """Sequences that begin, fork, shrink and leave, and the prefixes that stay.
+
+    What always holds between calls, and is tested as such: a sequence's computed tokens fill exactly its blocks; its
+    full blocks are the path of its prefix in the tree (with prefix caching); a block has as many holders as there are
+    sequences with it in their table, and is free when there are none and the tree does not keep it.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        *,
+        prefix_caching: bool = True,
+        host_blocks: int = 0,
+        scrub: Scrub | None = None,
+    ) -> None:
+        """Make empty holdings.
+
+        Args:
+            num_blocks: N, 1 or more.
+            block_size: B.
+            prefix_caching: full blocks stay after their sequence has ended and are found again by their tokens.
+            host_blocks: blocks of swap space in host memory.
+            scrub: called with the ids of device blocks that have become free, before they are given to anybody else:
+                to overwrite what another tenant left there.
+
+        Raises:
+            CacheError: a size is not a whole number, or too small.
+        """
+        for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CacheError(f"{name}={value!r} must be a whole number, 1 or more")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.pool = BlockPool(num_blocks, scrub)
+        self.host_pool = BlockPool(host_blocks)
+        self.tree = PrefixTree()
+        self._alive: dict[int, Sequence] = {}
+        self._numbers = itertools.count()
+        self._evicted = 0
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Those that are alive, oldest first."""
+        return tuple(self._alive.values())
+
+    def begin(self, tokens: Iterable[int], *, tenant: Hashable = None) -> Sequence:
+        """Begin a sequence. It takes no blocks before its first step, which finds what is cached of it.
+
+        Args:
+            tokens: its prompt.
+            tenant: whose cached prefixes it may use, and who may use its own. Nothing is shared between tenants, so
+                that the time of one's prompt tells nothing about another's.
+        """
+        seq = Sequence(next(self._numbers), as_tokens(tokens), tenant)
+        self._alive[seq.id] = seq
+        return seq
+
+    def append(self, seq: Sequence, tokens: Iterable[int]) -> None:
+        """Add tokens (sampled, drafted, the user's next turn) that a later step computes."""
+        self._check(seq)
+        seq.extend_tokens(as_tokens(tokens))
+
+    def cached_tokens(self, seq: Sequence) -> int:
+        """Return how many tokens of a sequence would not have to be computed if it ran now."""
+        self._check(seq)
+        node, index = seq.node, seq.published
+        if not seq.swapped and seq.num_blocks == seq.published:
+            while (found := self._next(seq, node, index)) is not None:
+                node, index = found, index + 1
+        return max(seq.computed, index * self.block_size)
+
+    def fork(self, seq: Sequence, count: int = 1) -> list[Sequence]:
+        """Return sequences that go on from where this one is, on the same blocks (beam search, parallel sampling).
+
+        Raises:
+            CacheError: the sequence is swapped out, or a step of it is not committed.
+        """
+        self._check(seq, ready=True)
+        forks = []
+        for _ in range(count):
+            other = seq.copy(next(self._numbers))
+            self.pool.hold(other.blocks.tolist())
+            self._alive[other.id] = other
+            forks.append(other)
+        return forks
+
+    def truncate(self, seq: Sequence, length: int) -> None:
+        """Forget all tokens of a sequence but the first `length`: draft tokens that were rejected, a turn taken back.
+
+        Raises:
+            CacheError: it has fewer, is swapped out, or a step of it is not committed.
+        """
+        self._check(seq, ready=True)
+        if not 0 <= length <= seq.length:
+            raise CacheError(f"{seq} is to keep {length} of its {seq.length} tokens")
+        seq.cut_tokens(length)
+        if length < seq.computed:
+            seq.computed = length
+            while seq.published * self.block_size > length:
+                assert seq.node is not None
+                seq.node = self.tree.above(seq.node)
+                seq.published -= 1
+            self.pool.release(seq.cut_blocks(self._blocks_for(length)))
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks; its tokens are kept, and are computed (or found in the cache) again later.
+
+        A step of it that is not committed is given up.
+        """
+        self._check(seq)
+        (self.host_pool if seq.swapped else self.pool).release(seq.cut_blocks(0))
+        seq.computed = seq.published = seq.pending = 0
+        seq.node, seq.swapped, seq.step = None, False, None
+
+    def free(self, seq: Sequence) -> None:
+        """End a sequence. Its full blocks stay cached until room is needed."""
+        self.preempt(seq)
+        seq.alive = False
+        del self._alive[seq.id]
+
+    def clear_cache(self) -> None:
+        """Forget every cached prefix that no sequence uses (the model's weights have changed, say): O(cache)."""
+        self._make_room(self.pool.num_available)
+
+    # For the manager.
+
+    def _check(self, seq: Sequence, *, ready: bool = False) -> None:
+        if self._alive.get(seq.id) is not seq:
+            raise CacheError(f"{seq} is not alive here: it was freed, or belongs to another manager")
+        if ready and seq.swapped:
+            raise CacheError(f"{seq}: swap_in it first")
+        if ready and seq.pending:
+            raise CacheError(f"{seq} has a step that is not committed")
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    def _next(self, seq: Sequence, node: Node | None, index: int) -> Node | None:
+        """Return the cached block that a sequence could use as its block `index`, after `node`.
+
+        Never the one that holds its last token, which a step has to compute.
+        """
+        if not self.prefix_caching or (index + 1) * self.block_size >= seq.length:
+            return None
+        return self.tree.child(node, seq.tenant, seq.key(index, self.block_size))
+
+    def _match(self, seq: Sequence) -> None:
+        """Let a sequence take the blocks that are cached of what it would compute next."""
+        if seq.num_blocks != seq.published or seq.computed != seq.published * self.block_size:
+            return
+        found = []
+        while (node := self._next(seq, seq.node, seq.published)) is not None:
+            found.append(node.block)
+            seq.node = node
+            seq.published += 1
+        if found:
+            self.pool.hold(found)
+            seq.extend_blocks(found)
+            seq.computed = seq.published * self.block_size
+
+    def _publish(self, seq: Sequence) -> None:
+        """Let the prefix cache keep a sequence's full blocks; where it has the same already, share that one."""
+        while self.prefix_caching and (seq.published + 1) * self.block_size <= seq.computed:
+            key = seq.key(seq.published, self.block_size)
+            block = int(seq.blocks[seq.published])
+            node = self.tree.child(seq.node, seq.tenant, key)
+            if node is None:
+                self.pool.keep(block)
+                node = self.tree.add(seq.node, seq.tenant, key, block)
+            elif node.block != block:
+                self.pool.hold([node.block])
+                seq.set_block(seq.published, node.block)
+                self.pool.release([block])
+            seq.node = node
+            seq.published += 1
+
+    def _make_room(self, count: int) -> None:
+        """Evict prefixes until `count` blocks are free; there are that many available."""
+        evicted: list[int] = []
+        for block in self.pool.idle:
+            if self.pool.num_free + len(evicted) >= count:
+                break
+            evicted.append(block)
+        for block in evicted:
+            self.tree.remove(block)
+        self.pool.drop(evicted)
+        self._evicted += len(evicted)
