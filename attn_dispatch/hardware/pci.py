@@ -1,0 +1,45 @@
+"""The PCI bus: which functions of the makers that matter are on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from .tree import Tree
+
+__all__ = ["FOLDER", "Function", "scan"]
+
+FOLDER = "sys/bus/pci/devices"
+
+
+@dataclass(frozen=True)
+class Function:
+    """One PCI function; ids as the kernel writes them, `0x10de`."""
+
+    slot: str
+    vendor: str
+    device: str
+    subsystem: str
+    pci_class: str
+
+    @property
+    def id(self) -> str:
+        """Vendor and device, as `lspci -n` writes them."""
+        return f"{self.vendor.removeprefix('0x')}:{self.device.removeprefix('0x')}"
+
+
+def scan(tree: Tree, vendors: Collection[str]) -> list[Function]:
+    """Return the functions of some vendors, by address.
+
+    A server has hundreds of functions: only the vendor is read of those that do not matter.
+    """
+    found = []
+    for slot in tree.names(FOLDER):
+        folder = f"{FOLDER}/{slot}"
+        vendor = tree.word(f"{folder}/vendor").lower()
+        if vendor in vendors:
+            device, subsystem, pci_class = (
+                tree.word(f"{folder}/{name}").lower() for name in ("device", "subsystem_device", "class")
+            )
+            found.append(Function(slot, vendor, device, subsystem, pci_class))
+    return found
