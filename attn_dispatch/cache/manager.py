@@ -199,7 +199,8 @@ class CacheManager(Holdings):
             seq.swapped = False
             self._publish(seq)
         self._swapped += len(moved)
-        return Swap(tuple(moved.items()))
+        # A block that turned out to be another's copy was given back, and needs no contents.
+        return Swap(tuple(pair for pair in moved.items() if self.pool.holders[pair[1]]))
 
     def _move(self, seq: Sequence, blocks: list[int], moved: dict[int, int], taken: set[int], pool: BlockPool) -> None:
         """Give a sequence the new places of its blocks; each place has one holder from the start."""

@@ -35,8 +35,10 @@ class Exhausted:
         return False
 
     def __str__(self) -> str:
-        return f"{self.needed} {self.where} blocks are needed, {self.free} can be had: "
+        return (
+            f"{self.needed} {self.where} blocks are needed, {self.free} can be had: "
             "free, preempt or swap out a sequence"
+        )
 
 
 @dataclass(frozen=True, eq=False)
