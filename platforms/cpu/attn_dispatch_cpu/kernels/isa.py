@@ -37,6 +37,12 @@ def _features() -> tuple[str, frozenset[str]]:
     return name, frozenset(f[1:] for f in text.split(",") if f.startswith("+"))
 
 
+def cpu_identity() -> tuple[str, str, str]:
+    """What compiled code depends on: the target, the CPU's name and its flags."""
+    name, flags = _features()
+    return llvm.get_process_triple(), name, ",".join(sorted(flags))
+
+
 @cache
 def host_isa() -> Isa:
     """The vector unit of the CPU that this process compiles for."""
@@ -46,7 +52,7 @@ def host_isa() -> Isa:
         return Isa("neon", 4, 4, 4, 4, bf16_dot=False, f16_convert=True)
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
         dot = "avx512bf16" in flags and os.environ.get("ATTN_DISPATCH_CPU_BF16_DOT", "1") != "0"
-        return Isa("avx512-bf16" if dot else "avx512", 16, 4, 6, 4, bf16_dot=dot, f16_convert=True)
+        return Isa("avx512-bf16" if dot else "avx512", 16, 4, 4, 4, bf16_dot=dot, f16_convert=True)
     if {"avx2", "fma"} <= flags:
-        return Isa("avx2", 8, 2, 3, 4, bf16_dot=False, f16_convert="f16c" in flags)
-    return Isa("portable", 4, 2, 2, 2, bf16_dot=False, f16_convert=False)
+        return Isa("avx2", 8, 2, 4, 2, bf16_dot=False, f16_convert="f16c" in flags)
+    return Isa("portable", 4, 2, 2, 4, bf16_dot=False, f16_convert=False)

@@ -62,8 +62,10 @@ NEW_VALUE: Final = 48
 NEW_VALUE_TOKEN: Final = 49
 NEW_VALUE_HEAD: Final = 50
 NEW_ROWS: Final = 51
-GROUPS: Final = 52  # i32[groups][4]: first part, parts, sequence, first query, of tiles that were split
+GROUPS: Final = 52  # i32[groups][GROUP_WORDS], tiles that were split
 OUT_FACTOR: Final = 53  # float64, a per-tensor scale of the values
+KEY_SCALE: Final = 54  # float64, the layer's per-tensor scales, for writing
+VALUE_SCALE: Final = 55
 
 WORDS: Final = 64
 
@@ -81,6 +83,13 @@ TILE_PART: Final = 5  # -1: the whole context, written straight to the output
 TILE_SINK: Final = 6  # 1: this tile counts the sink
 TILE_HEAD: Final = 7  # first kv head
 TILE_HEADS: Final = 8  # kv heads
+TILE_GROUP: Final = 9  # first query head of the group, and how many: all, but for very large groups
+TILE_GROUPS: Final = 10
+
+GROUP_WORDS: Final = 8
+GROUP_PART: Final = 0  # first part; the others follow
+GROUP_PARTS: Final = 1
+GROUP_TILE: Final = 2  # one of its tiles, for what they have in common
 
 
 def new_job() -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:

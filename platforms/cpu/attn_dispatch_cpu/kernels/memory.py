@@ -38,6 +38,7 @@ read_i64 = _reader(int64, I64)
 read_i32 = _reader(int32, I32)
 read_f32 = _reader(float32, F32)
 read_f64 = _reader(float64, ir.DoubleType())
+write_i32 = _writer(int32, I32)
 write_i64 = _writer(int64, I64)
 write_f32 = _writer(float32, F32)
 

@@ -220,7 +220,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                                         scores + 64 * i, read_i64(keys_next + 8 * i))  # fmt: skip
                         multiplier = scale * LOG2E
                         if special:
-                            adjust(scores, tiles, facts + 320 * which, first, 4, key_factors if key_scales != 0 else 0,
+                            adjust(scores, tiles, 64, facts + 320 * which, first, 4, key_factors if key_scales != 0 else 0,
                                    flags, scale, cap)  # fmt: skip
                             multiplier = 1.0
                         softmax(scores, tiles, weights, state + 128 * which, factors,

@@ -46,12 +46,14 @@ def fill_facts(job, tile, head, rows, lanes_per_row, facts):
     right = read_i64(job + 8 * J.RIGHT)
     group = read_i64(job + 8 * J.GROUP)
     slopes = read_i64(job + 8 * J.SLOPES)
+    group_first = read_i32(tile + 4 * J.TILE_GROUP)
+    groups = read_i32(tile + 4 * J.TILE_GROUPS)
     highest_low = begin
     lowest_high = end
     padded = (rows * lanes_per_row + 15) // 16 * 16
     for lane in range(padded):
         row = min(lane // lanes_per_row, rows - 1)
-        position = first + row // group
+        position = first + row // groups
         low = begin
         high = end
         if left >= 0:
@@ -67,7 +69,7 @@ def fill_facts(job, tile, head, rows, lanes_per_row, facts):
         write_f32(at + 256, lane % lanes_per_row)
         slope = 0.0
         if slopes != 0:
-            slope = read_f32(slopes + 4 * (head * group + row % group))
+            slope = read_f32(slopes + 4 * (head * group + group_first + row % groups))
         write_f32(at + 128, slope)
     return highest_low, lowest_high
 

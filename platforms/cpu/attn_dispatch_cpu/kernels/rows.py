@@ -15,7 +15,7 @@ from attn_dispatch_cpu.kernels.vector import F32, I16, Emit, Value, vec
 FLOATS = (KIND_F32, KIND_F16, KIND_BF16)
 
 
-def _in_pieces(e: Emit, count: Value, lanes: int, piece: Callable[[Value, Value | None], None]) -> None:
+def in_pieces(e: Emit, count: Value, lanes: int, piece: Callable[[Value, Value | None], None]) -> None:
     """Call `piece(first element, mask)` for whole vectors of a row (no mask), and for what is left (masked)."""
     b = e.b
     whole = b.udiv(count, e.int(lanes))
@@ -26,7 +26,7 @@ def _in_pieces(e: Emit, count: Value, lanes: int, piece: Callable[[Value, Value 
         piece(e.mul(whole, lanes), e.lanes_below(rest, lanes))
 
 
-def _by_kind(e: Emit, kind: Value, kinds: tuple[int, ...], emit: Callable[[int], None]) -> None:
+def by_kind(e: Emit, kind: Value, kinds: tuple[int, ...], emit: Callable[[int], None]) -> None:
     for each in kinds:
         with e.b.if_then(e.b.icmp_signed("==", kind, e.int(each))):
             emit(each)
@@ -51,12 +51,12 @@ def make_load_row(isa: Isa, raw: bool) -> Any:
                     else:
                         e.store(load_widened(e, which, at, lanes, mask), e.add(target, e.mul(first, 4)))
 
-                _in_pieces(e, count, lanes, piece)
+                in_pieces(e, count, lanes, piece)
 
             if raw:
                 convert(KIND_BF16)
             else:
-                _by_kind(e, kind, FLOATS, convert)
+                by_kind(e, kind, FLOATS, convert)
             return context.get_dummy_value()
 
         return void(int64, int64, int64, int64), codegen
@@ -86,9 +86,9 @@ def make_store_row(isa: Isa) -> Any:
                     else:
                         e.store_masked(kept, at, mask)
 
-                _in_pieces(e, count, lanes, piece)
+                in_pieces(e, count, lanes, piece)
 
-            _by_kind(e, kind, FLOATS, convert)
+            by_kind(e, kind, FLOATS, convert)
             return context.get_dummy_value()
 
         return void(int64, float32, int64, int64, int64), codegen
@@ -126,4 +126,4 @@ def make_collect_row(column_unit: int, dot: bool) -> Any:
     return collect_row
 
 
-__all__ = ["make_collect_row", "make_load_row", "make_store_row"]
+__all__ = ["by_kind", "in_pieces", "make_collect_row", "make_load_row", "make_store_row"]

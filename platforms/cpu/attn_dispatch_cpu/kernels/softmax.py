@@ -11,19 +11,19 @@ from typing import Any
 from numba import float32, int64, void
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels.vector import F32, I16, I32, LOG2E, Emit, Value, vec
+from attn_dispatch_cpu.kernels.vector import F32, I32, LOG2E, Emit, Value, vec
 
 L = 16
 ROW = vec(F32, L)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def adjust(tc: Any, scores: Any, tiles: Any, facts: Any, position: Any, step: Any, token_scales: Any, flags: Any,
-           scale: Any, cap: Any) -> Any:  # fmt: skip
+def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, facts: Any, position: Any, step: Any,
+           token_scales: Any, flags: Any, scale: Any, cap: Any) -> Any:  # fmt: skip
     """Apply what is not a plain factor, in place: scores become base-2 logits, masked ones -inf.
 
     Args:
-        scores: f32[tiles][16].
+        scores: f32[tiles][16], a tile every `tile_bytes`.
         facts: f32[5][16] per lane: first visible position, one past the last, ALiBi slope, query position, offset of
             the lane's token inside its tile (0 for wide tiles).
         position: of the first tile's first token.
@@ -34,7 +34,7 @@ def adjust(tc: Any, scores: Any, tiles: Any, facts: Any, position: Any, step: An
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        scores, tiles, facts, position, step, token_scales, flags, scale, cap = args
+        scores, tiles, tile_bytes, facts, position, step, token_scales, flags, scale, cap = args
         low, high, slope, query, offset = (e.load(e.add(facts, 64 * i), ROW) for i in range(5))
         minus_inf = e.const(float("-inf"), L)
         scale = e.splat(scale, L)
@@ -43,7 +43,7 @@ def adjust(tc: Any, scores: Any, tiles: Any, facts: Any, position: Any, step: An
         has_scales = b.icmp_signed("!=", token_scales, e.int(0))
         narrow = b.icmp_signed("==", step, e.int(4))
         with e.loop(tiles) as i:
-            at = e.add(scores, e.mul(i, 64))
+            at = e.add(scores, b.mul(i, tile_bytes))
             token = b.add(position, b.mul(i, step))
             where = b.fadd(e.splat(b.sitofp(token, F32), L), offset)
             x = e.local(ROW, b.fmul(e.load(at, ROW), scale))
@@ -66,7 +66,7 @@ def adjust(tc: Any, scores: Any, tiles: Any, facts: Any, position: Any, step: An
             e.store(b.select(seen, logits, minus_inf), at)
         return context.get_dummy_value()
 
-    return void(int64, int64, int64, int64, int64, int64, int64, float32, float32), codegen
+    return void(int64, int64, int64, int64, int64, int64, int64, int64, float32, float32), codegen
 
 
 def _tanh(e: Emit, x: Value) -> Value:
@@ -85,7 +85,7 @@ def _tanh(e: Emit, x: Value) -> Value:
     return b.bitcast(b.or_(b.bitcast(result, vec(I32, lanes)), sign), vec(F32, lanes))
 
 
-def _rescale(e: Emit, state: Value, peak: Value) -> tuple[Value, Value]:
+def rescale(e: Emit, state: Value, peak: Value) -> tuple[Value, Value]:
     """Raise the maximum of `state` (f32[16] maximum, f32[16] sum) to `peak`; return (shift, factor on old sums).
 
     A lane that has seen nothing yet keeps -inf; its shift is then 0, so that exp2(-inf - shift) is 0 and never NaN.
@@ -115,7 +115,7 @@ def make_narrow_softmax(dot: bool) -> Any:
             for swap in ([1, 0, 3, 2], [2, 3, 0, 1]):
                 top = e.maximum(top, e.shuffle(top, top, [q + s for q in range(0, L, 4) for s in swap]))
             factor = e.splat(multiplier, L)
-            shift, correction = _rescale(e, state, b.fmul(top, factor))
+            shift, correction = rescale(e, state, b.fmul(top, factor))
             e.store(correction, factors)
             total_at = e.add(state, 64)
             total = e.local(ROW, b.fmul(e.load(total_at, ROW), correction))
@@ -140,4 +140,4 @@ def make_narrow_softmax(dot: bool) -> Any:
     return softmax
 
 
-__all__ = ["I16", "L", "adjust", "make_narrow_softmax"]
+__all__ = ["L", "ROW", "adjust", "make_narrow_softmax", "rescale"]

@@ -1,0 +1,136 @@
+"""Backend `cpu/numba`: paged attention on any CPU, for every feature of the contract."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from attn_dispatch import AttentionMetadata, AttentionSpec, KVCache
+from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.contract import HND, Array, CacheLayout, LayerParameters, register_layout
+from attn_dispatch.contract.dtypes import is_quantised, numpy_dtype
+
+if TYPE_CHECKING:
+    from attn_dispatch_cpu.planning import Work
+
+HND_SCALED = register_layout(CacheLayout("HND+scales", HND.arrays, per_token_scales=True))
+"""The order of HND, with a scale per token and kv head beside the elements."""
+
+MAX_HEAD_SIZE = 512
+_STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class NumbaPlan(Plan):
+    """A step cut into work, for each way that its keys can lie (in a cache, or for an encoder one after the other)."""
+
+    threads: int
+    work: dict[bool, list[Work]] = field(default_factory=dict)
+
+
+class NumbaBackend(Backend):
+    """Attention compiled for this CPU by Numba."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("numpy",), nan_safe=True)
+
+    def __init__(self, name: str = "cpu/numba") -> None:
+        super().__init__(name)
+        self._local = threading.local()
+
+    def probe(self) -> Availability:
+        """Numba is a dependency of this distribution: what could be missing is its wheel for this machine."""
+        try:
+            found = version("numba")
+        except PackageNotFoundError:
+            return Availability(False, "the package numba is not installed", "pip install numba")
+        return Availability(True, f"compiled for this CPU by Numba {found}", version=found)
+
+    def verdict(self, spec: AttentionSpec) -> Verdict:
+        """Everything but float64, packed integer caches, and blocks that are not a multiple of 8."""
+        refusals = []
+        if spec.dtype == "float64":
+            refusals.append(Refusal("dtype", spec.dtype, "computes in float32: float32, float16, bfloat16", "Use float32"))
+        if spec.kv_cache_dtype not in _STORED:
+            refusals.append(Refusal("kv_cache_dtype", spec.kv_cache_dtype, f"stores {', '.join(_STORED)}", "Use int8"))
+        if spec.block_size % 8:
+            refusals.append(Refusal("block_size", spec.block_size, "needs a multiple of 8", "Ask for block_size=32"))
+        for name in ("head_size", "value_head_size"):
+            if getattr(spec, name) > MAX_HEAD_SIZE:
+                refusals.append(Refusal(name, getattr(spec, name), f"goes up to {MAX_HEAD_SIZE}"))
+        return self.refuse(*refusals)
+
+    def layout(self, spec: AttentionSpec) -> CacheLayout:
+        """HND, with scales beside it where the cache is quantised."""
+        return HND_SCALED if is_quantised(spec.kv_cache_dtype) else HND
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
+        """Return a zeroed NumPy array."""
+        return np.zeros(shape, numpy_dtype(dtype))
+
+    def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> NumbaPlan:
+        """Cut the step into work for the threads."""
+        from attn_dispatch_cpu.threads import num_threads
+
+        plan = NumbaPlan(spec=spec, view=metadata.view(spec.kind), threads=num_threads())
+        if plan.view.pages.exist:
+            self._work(plan, in_blocks=True)
+        return plan
+
+    def _work(self, plan: NumbaPlan, in_blocks: bool) -> list[Work]:
+        if in_blocks not in plan.work:
+            from attn_dispatch_cpu.planning import cut
+
+            plan.work[in_blocks] = cut(plan.spec, plan.view, plan.threads, in_blocks)
+        return plan.work[in_blocks]
+
+    def run(
+        self,
+        plan: Plan,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache | None,
+        layer: LayerParameters,
+        out: Array | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Array | tuple[Array, Array]:
+        """Write the new keys and values, then attend."""
+        from attn_dispatch_cpu.running import Runner
+
+        assert isinstance(plan, NumbaPlan)
+        spec = plan.spec
+        result = out
+        if result is None:
+            result = np.empty((plan.num_tokens, spec.num_heads, spec.value_head_size), q.dtype)
+        target = result if result.strides[-1] == result.itemsize else np.empty(result.shape, result.dtype)
+        lse = np.empty((plan.num_tokens, spec.num_heads), np.float32) if return_lse else None
+        runner = Runner(plan, layer, self.scratch)
+        runner.give(q, target, lse)
+        if cache is not None:
+            runner.give_cache(cache.arrays_as("numpy"))
+            if k is not None and v is not None:
+                runner.write(k, v)
+        else:
+            assert k is not None
+            assert v is not None
+            runner.give_rows(k, v)
+        runner.attend(self._work(plan, cache is not None))
+        if target is not result:
+            result[...] = target
+        return result if lse is None else (result, lse)
+
+    def scratch(self, size: int) -> npt.NDArray[Any]:
+        """Return memory of at least this many bytes, this thread's own."""
+        memory: npt.NDArray[Any] | None = getattr(self._local, "memory", None)
+        if memory is None or memory.size < size:
+            memory = self._local.memory = np.empty(size, np.uint8)
+        return memory
+
+
+__all__ = ["HND_SCALED", "NumbaBackend", "NumbaPlan"]
