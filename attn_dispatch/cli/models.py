@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from attn_dispatch import dispatch
 from attn_dispatch.errors import MissingPackageError, ModelError, nearest
 
-__all__ = ["PACKAGED", "PackagedModel", "cache_folder", "find_model"]
+__all__ = ["PACKAGED", "PackagedModel", "cache_folder", "convert_once", "find_model"]
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,22 @@ def _converted(name: str, packaged: PackagedModel, console: Console) -> Path:
         raise ModelError(f"{packaged.distribution} {version(packaged.distribution)} has no file {packaged.file}")
     target = cache_folder() / "models" / f"{name}-{version(packaged.distribution)}-float32"
     if not (target / "config.json").is_file():
-        _convert(source, target, packaged.title, console)
+        convert_once(source, target, packaged.title, console)
     return target
 
 
-def _convert(source: Path, target: Path, title: str, console: Console) -> None:
-    """Convert beside the target and rename: a folder of that name is always whole, whoever else converts meanwhile."""
+def convert_once(source: Path, target: Path, title: str, console: Console) -> None:
+    """Convert a GGUF file beside the target, then rename: such a folder is whole, whoever else converts meanwhile.
+
+    Args:
+        source: the file.
+        target: the transformers folder to make.
+        title: of the model, for people.
+        console: where the progress is shown.
+
+    Raises:
+        ModelError: the file cannot be read, or the folder cannot be written.
+    """
     from attn_dispatch.integrations.loading import convert_gguf
 
     try:

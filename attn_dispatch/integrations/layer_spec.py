@@ -35,7 +35,7 @@ def layer_spec(
         key: [batch, K, T, D].
         value: [batch, K, T, Dv].
         scaling: factor on the scores (None: 1 / sqrt(D)).
-        sliding_window: W, the last W tokens with the token itself; of a layer that is not causal: W to either side.
+        sliding_window: W, the last W tokens, the token itself included; of a layer that looks ahead the next W too.
         softcap: of the scores.
         sinks: one logit per head, or None.
         causal: the layer looks back only.
@@ -54,8 +54,8 @@ def layer_spec(
         )
     window = (-1, -1)
     if sliding_window is not None:
-        # transformers counts the token itself when it looks back only, and does not when it looks both ways.
-        window = (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
+        # What transformers tells the attention function counts the token itself, on either side.
+        window = (sliding_window - 1, 0 if causal else sliding_window - 1)
     return AttentionSpec(
         num_heads=query.shape[1],
         num_kv_heads=key.shape[1],

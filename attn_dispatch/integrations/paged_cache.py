@@ -190,6 +190,8 @@ class PagedCache(Cache):  # type: ignore[misc]
                 kv_cache_dtype=self.kv_cache_dtype,
                 writes_kv=own,
             )
+            # Layers of equal specs are given the same object: that their plan is theirs is then seen at a glance.
+            spec = next((known for known, _ in self._groups if known == spec), spec)
             chosen = attention(spec, self.backend, **layer_parameters(options["sinks"]))
             group = (spec, chosen.backend.name)
             if group not in self._groups:

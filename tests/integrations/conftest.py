@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -68,6 +68,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=EXACT_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    torch = pytest.importorskip("torch", reason="not run: needs torch")
+    with torch.inference_mode():
+        yield
 
 
 @pytest.fixture

@@ -17,14 +17,15 @@ from attn_dispatch.integrations.transformers import NAME, PagedCache, register  
 
 register()
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 Make = Callable[..., Any]
 PROMPTS = [[int(token) for token in torch.arange(3 + n) * 7 % 96 + 1] for n in (0, 17, 5, 9)]
 
 
 def alone(model: Any, prompt: list[int], count: int) -> list[int]:
     """What transformers' own loop and kernels say."""
-    with torch.inference_mode():
-        said = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
+    said = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
     return list(said[0, len(prompt) :].tolist())
 
 
@@ -100,7 +101,7 @@ def test_draws_do_not_depend_on_the_batch(make_model: Make) -> None:
     assert tokens(engine.generate(PROMPTS, 10, sampler=Sampler(0.8, 1e-6, seed=3))) == expected_of(make_model, "llama")
 
 
-@pytest.mark.parametrize("temperature, top_p", [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(-1.0, 1.0), (1.0, 0.0), (1.0, 1.1)])
 def test_senseless_sampling_is_refused(temperature: float, top_p: float) -> None:
     with pytest.raises(ModelError, match=f"temperature={temperature}"):
         Sampler(temperature, top_p)
@@ -117,7 +118,6 @@ def test_what_cannot_be_run_is_refused_before_it_is_begun(make_model: Make) -> N
     assert engine.generate([], 10).completions == []
 
 
-@torch.inference_mode()
 def test_a_packed_step_has_to_be_announced(make_model: Make) -> None:
     model = make_model("llama", NAME)
     cache = PagedCache(model, backend="reference")

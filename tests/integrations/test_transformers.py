@@ -16,6 +16,8 @@ from attn_dispatch.integrations.transformers import NAME, PagedCache, register  
 
 register()
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 Make = Callable[..., Any]
 
 
@@ -35,7 +37,6 @@ def answers(model: Any, inputs: dict[str, Any], backend: str | None = None, **op
     return model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, **options})
 
 
-@torch.inference_mode()
 def test_left_padded_batch(make_model: Make, kind: str, backend: str) -> None:
     model = make_model(kind)
     inputs = batch(model)
@@ -44,7 +45,6 @@ def test_left_padded_batch(make_model: Make, kind: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
-@torch.inference_mode()
 def test_sdpa_says_the_same(make_model: Make, kind: str, backend: str) -> None:
     model = make_model(kind, "sdpa")
     inputs = batch(model)
@@ -52,7 +52,6 @@ def test_sdpa_says_the_same(make_model: Make, kind: str, backend: str) -> None:
     assert torch.equal(answers(model, inputs, backend), expected)
 
 
-@torch.inference_mode()
 def test_logits_of_a_prompt_and_of_chunks(make_model: Make, kind: str, backend: str) -> None:
     model = make_model(kind)
     ids = batch(model, (20, 20))["input_ids"]
@@ -64,7 +63,6 @@ def test_logits_of_a_prompt_and_of_chunks(make_model: Make, kind: str, backend: 
     assert cache.get_seq_length() == 20
 
 
-@torch.inference_mode()
 def test_without_a_cache(make_model: Make, kind: str, backend: str) -> None:
     model = make_model(kind)
     inputs = batch(model)
@@ -76,7 +74,6 @@ def test_without_a_cache(make_model: Make, kind: str, backend: str) -> None:
     torch.testing.assert_close(found[tokens], expected[tokens], atol=1e-3, rtol=1e-4)
 
 
-@torch.inference_mode()
 def test_an_encoder_that_looks_both_ways(backend: str) -> None:
     config = transformers.ModernBertConfig(
         vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -108,7 +105,6 @@ def test_an_encoder_that_looks_both_ways(backend: str) -> None:
     ],
     ids=lambda options: " ".join(options),
 )
-@torch.inference_mode()
 def test_ways_to_generate(make_model: Make, options: dict[str, Any], backend: str) -> None:
     model = make_model("gemma3")
     inputs = batch(model)
@@ -118,17 +114,15 @@ def test_ways_to_generate(make_model: Make, options: dict[str, Any], backend: st
     assert torch.equal(answers(model, inputs, backend, **options), expected)
 
 
-@torch.inference_mode()
 def test_guessed_tokens_are_taken_back(make_model: Make, backend: str) -> None:
     """Prompt look-up guesses several tokens at once and crops the cache by those that were wrong."""
     model = make_model()
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 8] * 4]), "attention_mask": torch.ones(1, 16, dtype=torch.long)}
-    options = {"prompt_lookup_num_tokens": 5, "max_new_tokens": 20}
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 5, "max_new_tokens": 20}
     expected = answers(model, inputs, **options)
     assert torch.equal(answers(model, inputs, backend, **options), expected)
 
 
-@torch.inference_mode()
 def test_a_conversation_goes_on_in_the_same_cache(make_model: Make, backend: str) -> None:
     model = make_model("gemma3")
     inputs = batch(model)
@@ -148,7 +142,6 @@ def test_a_conversation_goes_on_in_the_same_cache(make_model: Make, backend: str
     assert torch.equal(talk(cache), expected)
 
 
-@torch.inference_mode()
 def test_selected_and_repeated_sequences_share_their_blocks(make_model: Make, backend: str) -> None:
     model = make_model()
     ids, more = batch(model, (10, 10))["input_ids"], torch.tensor([[4], [5], [6], [7]])
@@ -165,19 +158,22 @@ def test_selected_and_repeated_sequences_share_their_blocks(make_model: Make, ba
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
 
 
-@torch.inference_mode()
 def test_one_plan_for_all_layers_of_a_spec(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("gemma3", NAME)
-    plans = []
+    plans: list[ad.AttentionSpec] = []
     plan = ad.Attention.plan
-    monkeypatch.setattr(ad.Attention, "plan", lambda self, batch: plans.append(self.spec) or plan(self, batch))
+
+    def counted(self: ad.Attention, batch: ad.AttentionMetadata) -> ad.Plan:
+        plans.append(self.spec)
+        return plan(self, batch)
+
+    monkeypatch.setattr(ad.Attention, "plan", counted)
     cache = PagedCache(model, backend="reference")
     model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
     assert [spec.window for spec in plans] == [(6, 0), (-1, -1)]
     assert [(layer.spec.window, count) for layer, count in cache.attentions] == [((6, 0), 2), ((-1, -1), 1)]
 
 
-@torch.inference_mode()
 def test_layers_that_share_keys_do_not_write(make_model: Make) -> None:
     model = make_model("gemma3n", NAME)
     cache = PagedCache(model, backend="reference")
@@ -186,7 +182,6 @@ def test_layers_that_share_keys_do_not_write(make_model: Make) -> None:
     assert [layer.store is not None for layer in cache.layers] == [True, True, False, False]
 
 
-@torch.inference_mode()
 def test_a_cache_of_another_type(make_model: Make) -> None:
     model = make_model("llama", NAME)
     cache = PagedCache(model, backend="reference", kv_cache_dtype="bfloat16")
@@ -203,7 +198,6 @@ def test_a_model_on_other_kernels_is_refused(make_model: Make) -> None:
         PagedCache(model)
 
 
-@torch.inference_mode()
 def test_kernels_changed_behind_the_cache(make_model: Make) -> None:
     model = make_model("llama", NAME)
     cache = PagedCache(model, backend="reference")
@@ -227,12 +221,12 @@ def test_chunked_attention_is_refused() -> None:
 
 
 def test_gradients_are_refused(make_model: Make) -> None:
-    model = make_model("llama", NAME)
-    with pytest.raises(ModelError, match="no gradients"):
+    with torch.inference_mode(False):
+        model = make_model("llama", NAME)
+    with torch.inference_mode(False), pytest.raises(ModelError, match="no gradients"):
         model(torch.tensor([[1, 2]]), past_key_values=PagedCache(model, backend="reference"))
 
 
-@torch.inference_mode()
 def test_a_mask_of_ones_own_is_refused(make_model: Make) -> None:
     model = make_model("llama", NAME)
     mask = torch.zeros(1, 1, 2, 2)
@@ -240,14 +234,12 @@ def test_a_mask_of_ones_own_is_refused(make_model: Make) -> None:
         model(torch.tensor([[1, 2]]), attention_mask=mask, past_key_values=PagedCache(model, backend="reference"))
 
 
-@torch.inference_mode()
 def test_packed_rows_without_a_cache_are_refused(make_model: Make) -> None:
     model = make_model("llama", NAME)
     with pytest.raises(ModelError, match="packed sequences"):
         model(torch.tensor([[1, 2, 3]]), position_ids=torch.tensor([[0, 1, 0]]), use_cache=False)
 
 
-@torch.inference_mode()
 def test_masks_that_contradict_the_cache_are_refused(make_model: Make) -> None:
     model = make_model("llama", NAME)
     cache = PagedCache(model, backend="reference")
@@ -267,7 +259,6 @@ def test_masks_that_contradict_the_cache_are_refused(make_model: Make) -> None:
     torch.testing.assert_close(found, model(**whole, use_cache=False).logits[:, -1], atol=1e-3, rtol=1e-4)
 
 
-@torch.inference_mode()
 def test_padding_cannot_be_cropped_back(make_model: Make) -> None:
     model = make_model("llama", NAME)
     cache = PagedCache(model, backend="reference")
@@ -280,7 +271,6 @@ def test_padding_cannot_be_cropped_back(make_model: Make) -> None:
         cache.crop(1)
 
 
-@torch.inference_mode()
 def test_a_full_cache_is_refused(make_model: Make) -> None:
     model = make_model("llama", NAME)
     cache = PagedCache(model, backend="reference", block_size=4, num_blocks=2)
@@ -291,7 +281,6 @@ def test_a_full_cache_is_refused(make_model: Make) -> None:
     assert cache.pool.in_use == 2
 
 
-@torch.inference_mode()
 def test_one_layer_alone_cannot_be_reordered(make_model: Make) -> None:
     cache = PagedCache(make_model("llama", NAME))
     with pytest.raises(CacheError, match="share their block tables"):
