@@ -1,0 +1,97 @@
+"""The custom ops: what torch's own checker says of them, and a compiled layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attn_dispatch as ad
+import numpy as np
+import pytest
+import torch
+from attn_dispatch.errors import AttentionDispatchError
+from attn_dispatch_torch import ops
+
+H, K, D, B = 4, 2, 16, 8
+
+
+def step(seed: int = 0, blocks: int = 9) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    batch = ad.AttentionMetadata.build([3, 1], [3, 20], [[4], [7, 0, 2]], B)
+    return {
+        "q": torch.randn(4, H, D),
+        "k": torch.randn(4, K, D),
+        "v": torch.randn(4, K, D),
+        "key_cache": torch.randn(blocks, K, B, D),
+        "value_cache": torch.randn(blocks, K, B, D),
+        "query_start_loc": torch.from_numpy(batch.query_start_loc),
+        "seq_lens": torch.from_numpy(batch.seq_lens),
+        "block_table": torch.from_numpy(batch.block_table.copy()),
+        "slot_mapping": torch.from_numpy(batch.slot_mapping),
+        "scale": D**-0.5,
+    }
+
+
+EXTRAS = [{}, {"window_left": 5, "window_right": 0}, {"soft_cap": 1.5}, {"sinks": torch.ones(H)}, {"alibi_slopes": torch.ones(H)}]
+
+
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: "+".join(extra) or "plain")
+@pytest.mark.parametrize("op", [ops.paged_attention, ops.paged_attention_lse], ids=["out", "lse"])
+def test_opcheck(op: Any, extra: dict[str, Any]) -> None:
+    torch.library.opcheck(op, (), step() | extra)
+
+
+def test_it_computes_what_the_backend_does() -> None:
+    given = step()
+    attn = ad.attention(ad.AttentionSpec(num_heads=H, num_kv_heads=K, head_size=D, dtype="float32", block_size=B), "torch/sdpa")
+    cache = attn.allocate(9)
+    cache.key.copy_(given["key_cache"])
+    cache.value.copy_(given["value_cache"])
+    plan = attn.plan(ad.AttentionMetadata.build([3, 1], [3, 20], [[4], [7, 0, 2]], B))
+    out, lse = attn.run(plan, given["q"], given["k"], given["v"], cache, return_lse=True)
+    found, found_lse = ops.paged_attention_lse(**given)
+    assert torch.equal(found, out)
+    assert torch.equal(found_lse, lse)
+    assert torch.equal(given["key_cache"], cache.key)
+    assert torch.equal(ops.paged_attention(**given), out)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, (H + 2 * K) * D)
+        self.out = torch.nn.Linear(H * D, 32)
+
+    def forward(self, x: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        q, k, v = self.qkv(x).split([H * D, K * D, K * D], dim=-1)
+        rest = {name: value for name, value in given.items() if name not in ("q", "k", "v")}
+        y = ops.paged_attention(q.view(-1, H, D), k.view(-1, K, D), v.view(-1, K, D), **rest)
+        return self.out(y.flatten(1))
+
+
+def test_compiled_without_graph_breaks() -> None:
+    layer, x = Layer(), torch.randn(4, 32)
+    eager, compiled = step(), step()
+    with torch.no_grad():
+        expected = layer(x, eager)
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, compiled)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(eager["key_cache"], compiled["key_cache"])
+
+
+def test_bad_batches_write_nothing() -> None:
+    for change in ({"block_table": torch.tensor([[4, 0, 0], [7, 0, 90]], dtype=torch.int32)}, {"k": torch.randn(3, K, D)}):
+        given = step() | change
+        before = given["key_cache"].clone()
+        with pytest.raises(AttentionDispatchError):
+            ops.paged_attention(**given)
+        assert torch.equal(before, given["key_cache"])
+
+
+def test_a_batch_that_was_changed_in_place_is_planned_anew() -> None:
+    given = step()
+    first = ops.paged_attention(**given)
+    given["seq_lens"][1] = 19
+    given["slot_mapping"][3] = 2 * B + 2
+    second = ops.paged_attention(**given)
+    assert not torch.equal(first[3], second[3])
+    assert np.isfinite(second.numpy()).all()
