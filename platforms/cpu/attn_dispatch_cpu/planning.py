@@ -104,7 +104,7 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
     total = int(length.sum())
     # Pieces of each sequence, by its share of the work: (head groups) x (parts of the context).
     share = threads if len(sequences) < threads else PIECES_PER_THREAD * threads
-    wanted = np.ones_like(length) if threads == 1 or not total else -(-length * share // total)
+    wanted = np.maximum(-(-length * share // max(total, 1)), 1) if threads > 1 else np.ones_like(length)
     head_groups = np.minimum(wanted, max(1, heads // MIN_HEADS))
     head_groups = np.maximum(head_groups, -(-heads // most_heads))
     parts = np.minimum(-(-wanted // head_groups), np.maximum(length // MIN_PART, 1))
@@ -124,7 +124,7 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
             edges = [heads * g // int(head_groups[i]) for g in range(int(head_groups[i]) + 1)]
             count = int(parts[i])
             step = -(-int(length[i]) // count)
-            step = -(-step // unit) * unit
+            step = max(-(-step // unit), 1) * unit
             start = int(begin[i]) // unit * unit
             bounds = [(max(b, int(begin[i])), min(b + step, int(end[i]))) for b in range(start, int(end[i]), step)]
             bounds = bounds or [(0, 0)]
@@ -143,22 +143,19 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
                         tile[0, [J.TILE_PART, J.TILE_SINK]] = num_parts + p, int(p == 0)
                     tiles.append(tile)
             if split:
-                # Head groups of a sequence share its parts' numbers: partial results have room for every head.
-                groups[-len(edges) + 1 :] = [_with_part(entry, num_parts) for entry in groups[-len(edges) + 1 :]]
-                num_parts += len(bounds)
+                num_parts += len(bounds)  # shared by its head groups: partial results have room for every head
     table = np.concatenate(tiles)
     grouped = np.concatenate(groups) if groups else np.zeros((0, J.GROUP_WORDS), np.int32)
-    if threads > 1 and not len(grouped):
+    if threads > 1:
         size = (table[:, J.TILE_END] - table[:, J.TILE_BEGIN]).astype(np.int64) * table[:, J.TILE_HEADS]
-        table = table[np.argsort(-size, kind="stable")]
+        order = np.argsort(-size, kind="stable")
+        table = table[order]
+        now_at = np.empty(len(order), np.int32)
+        now_at[order] = np.arange(len(order))
+        grouped[:, J.GROUP_TILE] = now_at[grouped[:, J.GROUP_TILE]]
     most = int(table[:, J.TILE_HEADS].max())
     useful = min(threads, len(table))
     return Work("narrow", np.ascontiguousarray(table), grouped, num_parts, rows, most, rows, useful)
-
-
-def _with_part(entry: I32, part: int) -> I32:
-    entry[0, J.GROUP_PART] = part
-    return entry
 
 
 def _wide(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
