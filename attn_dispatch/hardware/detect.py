@@ -95,14 +95,14 @@ def detect(
         "cpu_model": processor.model,
         "cpu_flags": processor.flags,
         "isa": processor.isa,
-        "cpu_count": processor.count,
+        "cpu_count": processor.usable,
         "cpu_online": processor.online,
         "cpu_quota": processor.quota,
         "memory_bytes": processor.memory_bytes,
         "devices": [asdict(device) for device in devices],
         "drivers": {vendor: version for vendor, version in drivers.items() if version},
         "torch_flavor": build,
-        "problems": [*tree.problems, *_mismatch(name, build, devices)],
+        "problems": [*dict.fromkeys(tree.problems), *_mismatch(name, build, devices)],
         "hidden": hidden,
         "notes": notes,
         "fingerprint": _fingerprint(name, processor, own),
@@ -183,6 +183,6 @@ def _description(processor: cpu.Cpu, devices: Sequence[Device], hidden: Sequence
 
 
 def _fingerprint(platform: str, processor: cpu.Cpu, devices: Sequence[Device]) -> str:
-    parts = [platform, processor.machine, processor.model, *processor.isa, str(processor.count), *map(str, devices)]
+    parts = [platform, processor.machine, processor.model, *processor.isa, str(processor.usable), *map(str, devices)]
     # Not a cryptographic hash: importing hashlib takes longer than everything else here.
     return format(zlib.crc32("\n".join(parts).encode()), "08x")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .tree import Tree
 
@@ -12,8 +12,7 @@ __all__ = ["FOLDER", "Function", "scan"]
 FOLDER = "sys/bus/pci/devices"
 
 
-@dataclass(frozen=True)
-class Function:
+class Function(NamedTuple):  # half as long to import as a dataclass
     """One PCI function; ids as the kernel writes them, `0x10de`."""
 
     slot: str

@@ -54,7 +54,7 @@ def test_processors(tmp_path: Path, cpuinfo: str, isa: tuple[str, ...], architec
     [
         ({}, 64, 16),
         ({"proc/self/status": "Name:\tpython\nCpus_allowed_list:\t0-2,8\n"}, 4, 16),
-        ({"sys/fs/cgroup/cpu.max": "250000 100000\n", "sys/fs/cgroup/memory.max": f"{2 << 30}\n"}, 2, 2),
+        ({"sys/fs/cgroup/cpu.max": "280000 100000\n", "sys/fs/cgroup/memory.max": f"{2 << 30}\n"}, 2, 2),
         ({"sys/fs/cgroup/cpu.max": "50000 100000\n", "sys/fs/cgroup/memory.max": "max\n"}, 1, 16),
         ({"sys/fs/cgroup/cpu.max": "max 100000\n"}, 64, 16),
         (  # version 2, a group in a group: the narrower holds
