@@ -1,7 +1,7 @@
 """What `attn.run` costs on top of the backend's own function: `python benchmarks/torch_overhead.py`.
 
-One decode step on torch/sdpa, through the door and straight through the backend, interleaved in one process. Medians and
-minima of each and of the paired difference, in microseconds. Aim: a difference of at most 15 us.
+One decode step on torch/sdpa, through the door and straight through the backend, interleaved in one process. Medians
+and minima of each and of the paired difference, in microseconds. Aim: a difference of at most 15 us.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import statistics
 import time
 from collections.abc import Callable
 
-import attn_dispatch as ad
 import numpy as np
 import torch
+
+import attn_dispatch as ad
 
 
 def clock(function: Callable[[], object]) -> float:

@@ -101,8 +101,7 @@ def cells() -> list[Cell]:
     found: list[Cell] = []
     for file in [ROOT / "pyproject.toml", *sorted(ROOT.glob("platforms/*/pyproject.toml"))]:
         tool = tomllib.loads(file.read_text()).get("tool", {}).get("attn-dispatch", {})
-        for row in tool.get("ci", {}).get("cells", []):
-            found.append(_cell(file, row))
+        found += [_cell(file, row) for row in tool.get("ci", {}).get("cells", [])]
     names = [cell.name for cell in found]
     if len(set(names)) != len(names):
         raise ValueError(f"two cells have one name: {sorted(names)}")

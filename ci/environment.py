@@ -1,4 +1,4 @@
-"""Environments for cells: third-party packages once per hash of their pins, this checkout on top. Standard library only.
+"""Environments for cells: packages once per hash of their pins, this checkout on top. Standard library only.
 
 The packages live in a folder of the user's cache, made whole or not at all, shared by every checkout and never changed
 afterwards. Each checkout has thin environments of its own (`.env/CELL`) which look into that folder and hold the

@@ -62,6 +62,10 @@ def same(k: Any, v: Any) -> bool:
     return k is not None and k.shape == v.shape
 
 
+def nan_in_empty_rows(out: Any, lse: Any) -> tuple[Any, Any]:
+    return np.where(np.isneginf(lse)[..., None], np.nan, out).astype(out.dtype), lse
+
+
 def window_off_by(n: int) -> Callable[[AttentionSpec], AttentionSpec]:
     def change(spec: AttentionSpec) -> AttentionSpec:
         left, right = spec.window
@@ -90,7 +94,7 @@ MISTAKES = {
     "a neighbour's slot written": Broken(before=writes_beside),
     "nothing written": Broken(before=lambda q, k, v, c, p: (q, k if c is None else None, v, c, p)),
     "heads in another order": Broken(before=lambda q, k, v, c, p: (q[:, ::-1], k, v, c, p)),
-    "NaN in empty rows": Broken(after=lambda out, lse: (np.where(np.isneginf(lse)[..., None], np.nan, out).astype(out.dtype), lse)),
+    "NaN in empty rows": Broken(after=nan_in_empty_rows),
     "half the precision": Broken(after=lambda out, lse: ((out * 1.01).astype(out.dtype), lse)),
     "another type of output": Broken(after=lambda out, lse: (out.astype(np.float64), lse)),
 }  # fmt: skip

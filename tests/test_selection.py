@@ -124,7 +124,7 @@ def only_reference() -> bool:
     return not [name for name in dispatch.registry().ranked("cpu") if not name.startswith("plug/")]
 
 
-class contextless:  # noqa: N801
+class contextless:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...

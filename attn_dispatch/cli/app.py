@@ -36,5 +36,5 @@ def run() -> None:
         sys.exit(2)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[yellow]{category.__name__}:[/] {escape(str(message))}")

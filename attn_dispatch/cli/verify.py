@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console, Group
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from attn_dispatch import dispatch
-from attn_dispatch.conformance import CASES, report
+from attn_dispatch.conformance import CASES, Case, report
 
 __all__ = ["verify"]
 
@@ -42,11 +43,8 @@ def verify(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for name in names:
             task = progress.add_task(name, total=len(cases))
-            rows.append(
-                report.verify(
-                    name, max_tokens=max_tokens, cases=cases, progress=lambda _, task=task: progress.advance(task)
-                )
-            )
+            advance = partial(_advance, progress, task)
+            rows.append(report.verify(name, max_tokens=max_tokens, cases=cases, progress=advance))
     if as_json:
         machine = dispatch.machine()
         data = {
@@ -61,6 +59,10 @@ def verify(
         markdown.write_text(report.as_markdown(rows), encoding="utf-8")
     if any(row.failed for row in rows):
         raise typer.Exit(1)
+
+
+def _advance(progress: Progress, task: TaskID, _: Case) -> None:
+    progress.advance(task)
 
 
 def _page(row: report.Row) -> Group:

@@ -43,12 +43,12 @@ class Pages:
     @cached_property
     def writes_all(self) -> bool:
         """Whether every row of k and v is written: what a runtime without a slot mapping can do by itself."""
-        return self.writes == int(self.slot_mapping.size)
+        return self.writes == len(self.slot_mapping)
 
     @property
     def exist(self) -> bool:
         """Whether the batch has blocks at all (an encoder's batch need not)."""
-        return self.block_table.shape[1] > 0
+        return bool(self.block_table.shape[1])
 
     def check_fits(self, num_blocks: int) -> None:
         """Refuse a cache that lacks a block in use. O(1) unless it does.

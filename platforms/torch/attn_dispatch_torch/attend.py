@@ -1,7 +1,8 @@
 """Attention of torch tensors: the computation of `torch/sdpa`.
 
-torch's CPU flash kernel returns the log-sum-exp beside the output, takes additive masks and strided inputs, and is used
-for everything that it can do. What it cannot (soft-cap; other devices when the LSE is wanted) is written out in float32.
+torch's CPU flash kernel returns the log-sum-exp beside the output, takes additive masks and strided inputs, and is
+used for everything that it can do. What it cannot (soft-cap; other devices when the LSE is wanted) is written out in
+float32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
+
 from attn_dispatch import AttentionSpec, LayerParameters, Plan
 from attn_dispatch.contract.dtypes import FINITE_MAX, is_quantised
 from attn_dispatch.errors import ArrayError
@@ -41,7 +43,8 @@ def run(
     assert isinstance(plan, SdpaPlan)
     spec = plan.spec
     if pages is not None and pages["key"].device != q.device:
-        raise ArrayError(f"q is on {q.device}, the cache on {pages['key'].device}: allocate(..., device={str(q.device)!r})")
+        there = pages["key"].device
+        raise ArrayError(f"q is on {q.device}, the cache on {there}: allocate(..., device={str(q.device)!r})")
     here = plan.on_device.get(q.device)
     if here is None:
         here = plan.on_device[q.device] = _prepare(plan, q)
@@ -53,7 +56,8 @@ def run(
         if pages is not None and k is not None and v is not None and plan.view.pages.writes:
             _write(pages["key"], k, here, layer.k_scale)
             _write(pages["value"], v, here, layer.v_scale)
-        scales = (layer.k_scale, layer.v_scale) if is_quantised(spec.kv_cache_dtype) and pages is not None else (1.0, 1.0)
+        scaled = pages is not None and is_quantised(spec.kv_cache_dtype)
+        scales = (layer.k_scale, layer.v_scale) if scaled else (1.0, 1.0)
         for group, prepared in zip(plan.groups, here.groups, strict=True):
             assert pages is not None
             part, part_lse = _attend_group(spec, group, prepared, q, pages, layer, scales, wants_lse)
@@ -303,9 +307,7 @@ def _softmax(
     return out.to(q.dtype), logsum.float()
 
 
-def _with_sink(
-    out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _with_sink(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A sink takes its share of the softmax and gives nothing: the rest shrinks by what it takes."""
     assert lse is not None
     total = torch.logaddexp(lse, sinks)
@@ -314,4 +316,4 @@ def _with_sink(
 
 def _on(layer: LayerParameters, name: str, device: torch.device) -> torch.Tensor:
     """Return a layer's slopes or sinks on a device."""
-    return layer.made((name, device), lambda: torch.tensor(getattr(layer, name), device=device))  # type: ignore[no-any-return]
+    return layer.made((name, device), lambda: torch.tensor(getattr(layer, name), device=device))

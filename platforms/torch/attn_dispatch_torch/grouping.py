@@ -1,8 +1,8 @@
 """The plan of `torch/sdpa`: which sequences one call attends for, and every index and mask that no layer changes.
 
-Decodes (and other steps of a few tokens) of similar length are gathered into one padded batch, with the query-head group
-folded into the query length: each key is then read once for all the heads that share it. Long prefills go one by one, cut
-into chunks of queries, so that a mask is never larger than a chunk and no work is done above the diagonal.
+Decodes (and other steps of a few tokens) of similar length are gathered into one padded batch, with the query-head
+group folded into the query length: each key is then read once for all the heads that share it. Long prefills go one by
+one, cut into chunks of queries, so that a mask is never larger than a chunk and no work is done above the diagonal.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from attn_dispatch import AttentionSpec, Plan
 from attn_dispatch.contract import BatchView
 

@@ -1,9 +1,13 @@
 """`torch/sdpa` as a `torch.library` custom op, for models that are compiled or exported.
 
 `paged_attention` takes tensors and plain numbers only, declares that it writes to the cache, and has a fake
-implementation, so that `torch.compile(fullgraph=True)` sees one opaque node with the right shape. The batch is given as
-tensors on the host and is checked like any other (`attn_dispatch.AttentionMetadata`); layers of one step share the plan.
+implementation, so that `torch.compile(fullgraph=True)` sees one opaque node with the right shape. The batch is given
+as tensors on the host and is checked like any other (`attn_dispatch.AttentionMetadata`); layers of one step share the
+plan.
 """
+
+# torch.library has no types.
+# mypy: disable-error-code="untyped-decorator,no-any-return"
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+
 from attn_dispatch import HND, AttentionMetadata, AttentionSpec, LayerParameters
 from attn_dispatch.contract.dtypes import dtype_name
 from attn_dispatch.errors import ArrayError
@@ -140,7 +145,7 @@ def paged_attention(
     """
     batch = (query_start_loc, seq_lens, block_table, slot_mapping)
     window = (window_left, window_right)
-    return _attend(  # type: ignore[no-any-return]
+    return _attend(
         q, k, v, key_cache, value_cache, batch, scale, window, soft_cap, alibi_slopes, sinks, causal, False
     )
 
@@ -172,7 +177,7 @@ def paged_attention_lse(
     """`paged_attention` that also returns the LSE, natural log, f32[T, H]."""
     batch = (query_start_loc, seq_lens, block_table, slot_mapping)
     window = (window_left, window_right)
-    return _attend(  # type: ignore[no-any-return]
+    return _attend(
         q, k, v, key_cache, value_cache, batch, scale, window, soft_cap, alibi_slopes, sinks, causal, True
     )
 

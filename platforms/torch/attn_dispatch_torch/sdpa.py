@@ -6,8 +6,19 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
-from attn_dispatch import AttentionMetadata, AttentionSpec, Availability, Backend, Capabilities, KVCache
-from attn_dispatch import LayerParameters, Plan, Refusal, Verdict, platform
+from attn_dispatch import (
+    AttentionMetadata,
+    AttentionSpec,
+    Availability,
+    Backend,
+    Capabilities,
+    KVCache,
+    LayerParameters,
+    Plan,
+    Refusal,
+    Verdict,
+    platform,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +27,7 @@ __all__ = ["SdpaBackend"]
 
 
 class SdpaBackend(Backend):
-    """The portable fallback: correct everywhere, and as fast as torch's own fused kernels over a gathered copy can be."""
+    """The portable fallback: correct everywhere, and as fast as torch's fused kernels over a gathered copy are."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), nan_safe=True)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import attn_dispatch as ad
 import numpy as np
 import pytest
 import torch
+
+import attn_dispatch as ad
 from attn_dispatch.errors import AttentionDispatchError
 from attn_dispatch_torch import ops
 
@@ -31,7 +32,13 @@ def step(seed: int = 0, blocks: int = 9) -> dict[str, Any]:
     }
 
 
-EXTRAS = [{}, {"window_left": 5, "window_right": 0}, {"soft_cap": 1.5}, {"sinks": torch.ones(H)}, {"alibi_slopes": torch.ones(H)}]
+EXTRAS = [
+    {},
+    {"window_left": 5, "window_right": 0},
+    {"soft_cap": 1.5},
+    {"sinks": torch.ones(H)},
+    {"alibi_slopes": torch.ones(H)},
+]
 
 
 @pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: "+".join(extra) or "plain")
@@ -42,7 +49,8 @@ def test_opcheck(op: Any, extra: dict[str, Any]) -> None:
 
 def test_it_computes_what_the_backend_does() -> None:
     given = step()
-    attn = ad.attention(ad.AttentionSpec(num_heads=H, num_kv_heads=K, head_size=D, dtype="float32", block_size=B), "torch/sdpa")
+    spec = ad.AttentionSpec(num_heads=H, num_kv_heads=K, head_size=D, dtype="float32", block_size=B)
+    attn = ad.attention(spec, "torch/sdpa")
     cache = attn.allocate(9)
     cache.key.copy_(given["key_cache"])
     cache.value.copy_(given["value_cache"])
@@ -79,7 +87,8 @@ def test_compiled_without_graph_breaks() -> None:
 
 
 def test_bad_batches_write_nothing() -> None:
-    for change in ({"block_table": torch.tensor([[4, 0, 0], [7, 0, 90]], dtype=torch.int32)}, {"k": torch.randn(3, K, D)}):
+    outside = torch.tensor([[4, 0, 0], [7, 0, 90]], dtype=torch.int32)
+    for change in ({"block_table": outside}, {"k": torch.randn(3, K, D)}):
         given = step() | change
         before = given["key_cache"].clone()
         with pytest.raises(AttentionDispatchError):
