@@ -1,0 +1,113 @@
+"""What this CPU can do at best, measured: bytes read per second from memory, f32 multiply-adds per second.
+
+Both run on the same threads as the kernels that are compared with them, in the same process, so that a ratio says
+something on a busy machine too. The larger of the two times is the roofline of a piece of work.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from attn_dispatch_cpu.kernels.memory import read_i64, take_ticket, write_i64
+from attn_dispatch_cpu.kernels.vector import F32, I32, I64, Emit, vec
+from attn_dispatch_cpu.threads import POOL
+from llvmlite import ir
+from numba import int64, njit, void
+from numba.extending import intrinsic
+
+READ_BYTES = 1 << 28
+PIECE_BYTES = 1 << 20
+FMA_STEPS = 200_000
+FMA_LANES = 16
+FMA_CHAINS = 16
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _read(typing_context: Any, address: Any, size: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        ty = vec(I64, 8)
+        sums = [e.local(ty, ir.Constant(ty, None)) for _ in range(8)]
+        with e.loop(builder.udiv(args[1], e.int(512))) as i:
+            at = e.add(args[0], e.mul(i, 512))
+            for j, total in enumerate(sums):
+                builder.store(builder.xor(builder.load(total), e.load(e.add(at, 64 * j), ty)), total)
+        result = builder.load(sums[0])
+        for total in sums[1:]:
+            result = builder.xor(result, builder.load(total))
+        return builder.extract_element(result, ir.Constant(I32, 0))
+
+    return int64(int64, int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _multiply_add(typing_context: Any, steps: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        ty = vec(F32, FMA_LANES)
+        sums = [e.local(ty, e.const(float(j), FMA_LANES)) for j in range(FMA_CHAINS)]
+        factor = e.splat(builder.sitofp(args[0], F32), FMA_LANES)
+        with e.loop(args[0]):
+            for total in sums:
+                builder.store(e.fma(builder.load(total), factor, factor), total)
+        result = builder.load(sums[0])
+        for total in sums[1:]:
+            result = builder.fadd(result, builder.load(total))
+        bits = builder.extract_element(builder.bitcast(result, vec(I32, FMA_LANES)), ir.Constant(I32, 0))
+        return builder.sext(bits, I64)
+
+    return int64(int64), codegen
+
+
+# A job: [ticket, items, address, result].
+@njit(void(int64, int64), nogil=True)
+def _read_job(job, worker):  # type: ignore[no-untyped-def]
+    item = take_ticket(job)
+    while item < read_i64(job + 8):
+        write_i64(job + 24, _read(read_i64(job + 16) + item * PIECE_BYTES, PIECE_BYTES))
+        item = take_ticket(job)
+
+
+@njit(void(int64, int64), nogil=True)
+def _multiply_job(job, worker):  # type: ignore[no-untyped-def]
+    item = take_ticket(job)
+    while item < read_i64(job + 8):
+        write_i64(job + 24, _multiply_add(FMA_STEPS // 20))
+        item = take_ticket(job)
+
+
+class Roofline:
+    """Best times of both measurements so far, on a number of threads; `measure` is called between the rivals' turns."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.read_seconds = self.multiply_seconds = float("inf")
+        self._memory = np.ones(READ_BYTES, np.uint8)
+
+    def measure(self) -> None:
+        """Measure once and keep what is better than before."""
+        items = 20 * self.threads
+        job = np.array([0, READ_BYTES // PIECE_BYTES, self._memory.ctypes.data, 0], np.int64)
+        start = time.perf_counter()
+        POOL.run(_read_job, job.ctypes.data, self.threads)
+        self.read_seconds = min(self.read_seconds, time.perf_counter() - start)
+        job = np.array([0, items, 0, 0], np.int64)
+        start = time.perf_counter()
+        POOL.run(_multiply_job, job.ctypes.data, self.threads)
+        self.multiply_seconds = min(self.multiply_seconds, (time.perf_counter() - start) / items * 20 * self.threads)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Read bandwidth of memory."""
+        return READ_BYTES / self.read_seconds
+
+    @property
+    def operations_per_second(self) -> float:
+        """f32 operations, two to a multiply-add."""
+        return 2.0 * self.threads * FMA_STEPS * FMA_CHAINS * FMA_LANES / self.multiply_seconds
+
+    def seconds(self, read_bytes: float, operations: float) -> float:
+        """The least time that work of this size takes."""
+        return max(read_bytes / self.bytes_per_second, operations / self.operations_per_second)
