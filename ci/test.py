@@ -40,7 +40,7 @@ def hardware() -> set[str]:
     core.__path__ = [str(ROOT / "attn_dispatch")]
     sys.modules["attn_dispatch"] = core
     detect = importlib.import_module("attn_dispatch.hardware").detect
-    return {device.kind for device in detect().devices}
+    return {device.kind for device in detect().devices if not device.integrated}
 
 
 def run_cell(cell: Cell, here: set[str], print_lock: threading.Lock) -> Result:

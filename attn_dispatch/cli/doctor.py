@@ -72,7 +72,9 @@ def doctor(
 def _page(reports: list[Report], problem: str, explanation: dispatch.Explanation | None) -> Group:
     installed, machine = dispatch.registry(), dispatch.machine()
     parts: list[object] = [f"[bold]Machine[/]  {machine.name}: {escape(machine.description)}"]
-    parts += [f"  [yellow]![/] {escape(str(note))}" for note in machine.facts.get("problems", ()) or ()]
+    parts += [
+        f"  [yellow]![/] {escape(str(note))}" for key in ("problems", "notes") for note in machine.facts.get(key, ())
+    ]
     parts += ["\n[bold]Platforms[/]", _platforms(dispatch.platform()), "\n[bold]Backends[/]", _backends(reports)]
     parts += [f"[yellow]![/] {escape(text)}" for text in installed.problems]
     if problem:
