@@ -1,0 +1,1 @@
+"""Paged attention on TPUs through Pallas kernels: the backend `tpu/pallas` (see `backend.py`)."""

@@ -1,0 +1,286 @@
+"""`tpu/pallas`: JAX's ragged paged attention, a Pallas kernel for TPUs.
+
+On a TPU (found by its device files) the kernel is compiled for it. Anywhere else the backend is in no platform's list,
+so that nobody gets it unasked; named, it runs in the simulator and says so in its verdict.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+import attn_dispatch as ad
+from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Verdict
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, CacheLayout, KVCache, LayerParameters
+from attn_dispatch.contract.arrays import library_of
+from attn_dispatch.contract.dtypes import numpy_dtype
+from attn_dispatch.errors import ArrayError, CacheError, MissingPackageError
+
+from . import simulator
+from .cache import FunctionalCache
+from .layouts import PAGES, pages_layout
+from .planning import pack
+from .tiles import LANES, choose_tiles, pad_heads
+from .verdicts import refusals
+
+if TYPE_CHECKING:
+    from .step import StepOptions
+
+__all__ = ["PallasBackend", "PallasPlan"]
+
+Ids = npt.NDArray[np.int64]
+
+_OLD_GENERATIONS = ("v2", "v3", "v2 or v3")
+_TOKEN_FLOOR = 16
+# A program takes seconds to compile for the simulator and next to nothing to run: few sizes.
+_SIMULATED_TOKEN_FLOOR = 256
+_SIMULATED_BLOCK_TOKENS = 64
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PallasPlan(Plan):
+    """A step as the kernel wants it.
+
+    Attributes:
+        options: what the step's program is compiled for; None for a step without tokens.
+        batch: i32 on the device, `StepOptions.packed_sizes`.
+    """
+
+    options: StepOptions | None
+    batch: Array
+
+
+class PallasBackend(Backend):
+    """Ragged paged attention on TPUs."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("jax", "numpy", "torch"), nan_safe=True)
+
+    def probe(self) -> Availability:
+        """Look for JAX's metadata and for a TPU's device files; an installed libtpu is no evidence of a TPU."""
+        try:
+            version = importlib.metadata.version("jax")
+        except importlib.metadata.PackageNotFoundError:
+            return Availability(False, "jax is not installed", "pip install attn-dispatch-tpu")
+        if not self.simulated:
+            generations = {device.name for device in ad.platform.devices if device.kind == "tpu"}
+            if generations & set(_OLD_GENERATIONS):
+                reason = f"TPU {', '.join(sorted(generations))}: the kernels are compiled for v4 and later"
+                return Availability(False, reason, "Use a TPU v4 or later", version)
+            return Availability(True, ad.platform.description, version=version)
+        numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
+        if not simulator.KNOWN_JAX[0] <= numbers < simulator.KNOWN_JAX[1]:
+            low, high = (".".join(map(str, bound)) for bound in simulator.KNOWN_JAX)
+            reason = f"no TPU here, and the simulator is for jax >={low},<{high}, not {version}"
+            return Availability(False, reason, f"pip install 'jax>={low},<{high}'", version)
+        reason = "no TPU here (no device files of one): named, it runs in the simulator, on the CPU"
+        return Availability(True, reason, version=version, evidence="simulated on CPU")
+
+    @property
+    def simulated(self) -> bool:
+        """Whether kernels are interpreted: no TPU here, or JAX was told to use the CPU."""
+        told = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
+        return told == "cpu" or not any(device.kind == "tpu" for device in ad.platform.devices)
+
+    def verdict(self, spec: AttentionSpec) -> Verdict:
+        """Hold the spec against what the kernel is compiled for."""
+        found = tuple(refusals(spec))
+        if found:
+            return self.refuse(*found)
+        return self.accept("runs in the simulator, on the CPU: for checking, not for speed" if self.simulated else "")
+
+    def layout(self, spec: AttentionSpec) -> CacheLayout:
+        """Joint pages, padded to the kernel's tiles."""
+        return pages_layout(spec.geometry, pad_heads(spec).kv_heads, LANES)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
+        """Return a zeroed JAX array. Devices are named as JAX does: "tpu:0", "cpu"."""
+        import jax.numpy as jnp
+
+        return jnp.zeros(shape, numpy_dtype(dtype), device=self._device(device))
+
+    def _device(self, name: str | None) -> Any:
+        import jax
+
+        if name is None:
+            if self.simulated:
+                return jax.devices("cpu")[0]
+            if jax.default_backend() != "tpu":
+                raise MissingPackageError(
+                    f"this machine has a TPU ({ad.platform.description}), but JAX runs on {jax.default_backend()}: its "
+                    "libtpu is missing or another process holds the TPU. pip install 'jax[tpu]'"
+                )
+            return jax.devices()[0]
+        kind, _, index = name.partition(":")
+        try:
+            return jax.devices(kind)[int(index or 0)]
+        except (RuntimeError, IndexError, ValueError) as error:
+            found = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+            raise CacheError(f"device={name!r}: JAX has {found} ({error})") from error
+
+    def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
+        """Return a zeroed cache for one layer."""
+        layout, geometry = self.layout(spec), spec.geometry
+        arrays = {n: self.zeros(s, geometry.dtype, device) for n, s in layout.shapes(geometry, num_blocks).items()}
+        where = next(iter(next(iter(arrays.values())).devices()))
+        name = "cpu" if where.platform == "cpu" else f"{where.platform}:{where.id}"
+        return FunctionalCache(self, geometry, layout, num_blocks, arrays, name)
+
+    def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> PallasPlan:
+        """Pack the batch into one vector on the device, and settle what the step's program is compiled for.
+
+        Raises:
+            PlanError: the page table does not fit the scalar memory of a core.
+        """
+        import jax.numpy as jnp
+
+        from .step import StepOptions
+
+        view, simulated = metadata.view(spec.kind), self.simulated
+        if not view.num_tokens:
+            return PallasPlan(spec=spec, view=view, options=None, batch=None)
+        batch = pack(spec, view, _SIMULATED_TOKEN_FLOOR if simulated else _TOKEN_FLOOR)
+        tiles, padding = choose_tiles(spec, batch.pages_per_seq, batch.tokens), pad_heads(spec)
+        pages = min(tiles.pages, max(1, min(4, _SIMULATED_BLOCK_TOKENS // spec.block_size))) if simulated else tiles.pages
+        options = StepOptions(
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            value_size=spec.value_head_size,
+            padded_kv_heads=padding.kv_heads,
+            group=padding.group,
+            cache_dtype=spec.kv_cache_dtype,
+            scale=spec.scale,
+            window=spec.window[0] + 1 if spec.window[0] >= 0 else None,
+            soft_cap=spec.logits_soft_cap,
+            tokens=batch.tokens,
+            sequences=batch.sequences,
+            pages_per_seq=batch.pages_per_seq,
+            tile_pages=pages,
+            tile_queries=tiles.queries,
+            masks_rows=batch.masks_rows,
+            simulated=str(simulator.mode()) if simulated else "",
+        )
+        return PallasPlan(spec=spec, view=view, options=options, batch=jnp.asarray(batch.integers))
+
+    def run(
+        self,
+        plan: Plan,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache | None,
+        layer: LayerParameters,
+        out: Array | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Array:
+        """Write and attend in one computation, which is given the cache's pages and returns their next version.
+
+        Raises:
+            ArrayError: `out` is a JAX array; q is being traced by `jax.jit` (see `step`).
+            CacheError: the cache is not one of JAX's, or its pages are gone.
+        """
+        from . import exchange
+
+        assert isinstance(plan, PallasPlan)
+        exchange.check_out(out)
+        if not isinstance(cache, FunctionalCache):
+            raise CacheError(f"{cache!r} holds no arrays of JAX: allocate the cache with {self.name}")
+        pages, library = cache.live(PAGES), library_of(q)
+        if exchange.is_traced(q):
+            raise ArrayError(
+                "run() keeps the cache's live pages itself, which a traced call cannot: inside jax.jit use "
+                "backend.step(plan, q, k, v, pages, layer), which returns (out, pages)"
+            )
+        given = [None if x is None else exchange.to_jax(n, x) for n, x in (("q", q), ("k", k), ("v", v))]
+        result, after = self.step(plan, *given, pages, layer)
+        cache.replace(PAGES, after)
+        return exchange.to_library(result, library, out)
+
+    def step(
+        self, plan: PallasPlan, q: Array, k: Array | None, v: Array | None, pages: Array, layer: LayerParameters
+    ) -> tuple[Array, Array]:
+        """Write and attend as a pure function, for use inside `jax.jit`: nothing is checked, nothing is kept.
+
+        Args:
+            plan: from `plan`.
+            q: [T, H, D], of JAX; k [T, K, D] and v [T, K, Dv], or None when nothing is written.
+            k: see q.
+            v: see q.
+            pages: the live pages, `cache.arrays["pages"]`; given up unless nothing is written.
+            layer: scales.
+
+        Returns:
+            The output [T, H, Dv] and the next version of the pages.
+        """
+        import jax.numpy as jnp
+
+        from . import exchange, step
+
+        spec, options, rows = plan.spec, plan.options, plan.num_tokens
+        if options is None:
+            return jnp.zeros((0, spec.num_heads, spec.value_head_size), q.dtype), pages
+        scales = layer.made((self.name, "scales"), lambda: np.array([layer.k_scale, layer.v_scale], np.float32))
+        padded = [None if x is None else exchange.with_rows(x, options.tokens) for x in (q, k, v)]
+        with simulator.running() if options.simulated else nullcontext():
+            if k is None:
+                out = step.attend(pages, padded[0], plan.batch, scales, options=options, scaled=layer.scaled)
+            else:
+                out, pages = step.attend_and_write(
+                    pages, *padded, plan.batch, scales, options=options, scaled=layer.scaled
+                )
+        return (out if rows == options.tokens else out[:rows]), pages
+
+    # Moving blocks: as the base class does it, but each makes new arrays of what it was given.
+
+    def copy_blocks(self, cache: KVCache, src: Ids, dst: Ids) -> None:
+        """Copy blocks within a cache; ids have been checked."""
+        from .moves import copied
+
+        assert isinstance(cache, FunctionalCache)
+        for name in cache.arrays:
+            axes = (cache.layout.block_axis(name),)
+            cache.replace(name, copied(cache.live(name), axes, (src,), (dst,)))
+
+    def copy_slots(self, cache: KVCache, src: Ids, dst: Ids) -> None:
+        """Copy tokens within a cache; slots have been checked."""
+        from .moves import copied
+
+        assert isinstance(cache, FunctionalCache)
+        size = cache.geometry.block_size
+        for name in cache.arrays:
+            axes = cache.layout.slot_axes(name)
+            cache.replace(name, copied(cache.live(name), axes, np.divmod(src, size), np.divmod(dst, size)))
+
+    def swap_blocks(self, cache: KVCache, other: KVCache, src: Ids, dst: Ids) -> None:
+        """Copy blocks from `cache` into `other`, which may lie on another device."""
+        import jax
+
+        from .moves import received
+
+        if not isinstance(cache, FunctionalCache) or not isinstance(other, FunctionalCache):
+            raise CacheError(f"{other!r} holds no arrays of JAX: blocks move between caches of {self.name}")
+        for name in cache.arrays:
+            axis = cache.layout.block_axis(name)
+            rows = cache.live(name)[(slice(None),) * axis + (src,)]
+            target = other.live(name)
+            rows = jax.device_put(rows, next(iter(target.devices())))
+            other.replace(name, received(target, (axis,), (dst,), rows))
+
+    def to_layout(self, cache: KVCache, layout: CacheLayout) -> KVCache:
+        """Return a copy of a cache in another layout, by way of the host."""
+        import jax
+
+        shapes = layout.shapes(cache.geometry, cache.num_blocks)
+        host = {name: np.asarray(array) for name, array in cache.arrays.items()}
+        made = {name: np.zeros(shape, numpy_dtype(cache.geometry.dtype)) for name, shape in shapes.items()}
+        layout.put_logical(made, *cache.layout.to_logical(host))
+        device = self._device(None if cache.device == "cpu" and self.simulated else cache.device)
+        arrays = {name: jax.device_put(array, device) for name, array in made.items()}
+        return FunctionalCache(self, cache.geometry, layout, cache.num_blocks, arrays, cache.device)

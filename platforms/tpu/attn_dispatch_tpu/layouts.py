@@ -1,0 +1,89 @@
+"""The cache layout of the TPU's kernels: keys and values side by side, padded to what the hardware's tiles hold.
+
+A page is `[B, 2 * K', 128]`: heads K0, V0, K1, V1... of one token on neighbouring rows, so that one DMA brings both.
+`K'` and the last axis are the spec's heads and head size rounded up to what the kernel can address. What is added is
+zero, is never read back, and adds nothing to a score or an output: padding is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from attn_dispatch.contract import CacheLayout
+from attn_dispatch.contract.spec import CacheGeometry
+
+__all__ = ["PAGES", "PagesLayout", "pages_layout"]
+
+PAGES = "pages"
+"""The name of the one array."""
+
+
+@dataclass(frozen=True)
+class PagesLayout(CacheLayout):
+    """Joint pages of padded heads.
+
+    Attributes:
+        heads: the cache's key/value heads, K.
+        key_size: D, value_size: Dv.
+        value_size: see key_size.
+        padded_heads: K', at least K.
+        lanes: the last axis, at least D and Dv.
+        packed: how many of the 2 * K' rows of a token share an axis of their own before the last (1: none do).
+    """
+
+    heads: int = 0
+    key_size: int = 0
+    value_size: int = 0
+    padded_heads: int = 0
+    lanes: int = 128
+    packed: int = 1
+
+    def shapes(self, geometry: CacheGeometry, num_blocks: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the physical shape: [N, B, 2K', lanes], or [N, B, 2K' / packed, packed, lanes]."""
+        rows = 2 * self.padded_heads
+        row_axes = (rows,) if self.packed == 1 else (rows // self.packed, self.packed)
+        return MappingProxyType({PAGES: (num_blocks, geometry.block_size, *row_axes, self.lanes)})
+
+    def block_axis(self, name: str) -> int:
+        """Blocks are counted first."""
+        return 0
+
+    def slot_axes(self, name: str) -> tuple[int, int]:
+        """Blocks, then tokens."""
+        return 0, 1
+
+    def to_logical(self, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return (key [N, K, B, D], value [N, K, B, Dv]) without the padding."""
+        pages = arrays[PAGES]
+        pages = pages.reshape(*pages.shape[:2], self.padded_heads, 2, self.lanes)
+        key = pages[:, :, : self.heads, 0, : self.key_size]
+        value = pages[:, :, : self.heads, 1, : self.value_size]
+        return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+
+    def put_logical(self, arrays: Mapping[str, Any], key: Any, value: Any) -> None:
+        """Write logical keys and values into host pages; the padding stays as it is."""
+        pages = arrays[PAGES]
+        whole = pages.reshape(*pages.shape[:2], self.padded_heads, 2, self.lanes)  # a view: pages are contiguous
+        whole[:, :, : self.heads, 0, : self.key_size] = key.transpose(0, 2, 1, 3)
+        whole[:, :, : self.heads, 1, : self.value_size] = value.transpose(0, 2, 1, 3)
+
+
+def pages_layout(geometry: CacheGeometry, padded_heads: int, lanes: int, packed: int = 1) -> PagesLayout:
+    """Return the layout for caches of this geometry; its name says every padding, so that names stay unique."""
+    name = f"TPU-{geometry.num_kv_heads}x{geometry.head_size}"
+    if geometry.value_head_size != geometry.head_size:
+        name += f"+{geometry.value_head_size}"
+    name += f"-in-{padded_heads}x{lanes}" + (f"-by-{packed}" if packed > 1 else "")
+    return PagesLayout(
+        name=name,
+        arrays=((PAGES, "N B K 2 D"),),
+        heads=geometry.num_kv_heads,
+        key_size=geometry.head_size,
+        value_size=geometry.value_head_size,
+        padded_heads=padded_heads,
+        lanes=lanes,
+        packed=packed,
+    )
