@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+import attn_dispatch
 from attn_dispatch import AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
 from attn_dispatch.contract import HND, Array, CacheLayout, LayerParameters, register_layout
@@ -22,6 +23,7 @@ HND_SCALED = register_layout(CacheLayout("HND+scales", HND.arrays, per_token_sca
 """The order of HND, with a scale per token and kv head beside the elements."""
 
 MAX_HEAD_SIZE = 512
+_X86_FLAGS = ("avx2", "fma", "f16c")
 _STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -48,6 +50,10 @@ class NumbaBackend(Backend):
             found = version("numba")
         except PackageNotFoundError:
             return Availability(False, "the package numba is not installed", "pip install numba")
+        facts = attn_dispatch.platform.facts
+        missing = [flag for flag in _X86_FLAGS if flag not in facts["cpu_flags"]]
+        if facts["machine"] in ("x86_64", "AMD64") and facts["cpu_flags"] and missing:
+            return Availability(False, f"this CPU lacks {', '.join(missing)} (x86 of 2013 and later has them)", version=found)
         return Availability(True, f"compiled for this CPU by Numba {found}", version=found)
 
     def verdict(self, spec: AttentionSpec) -> Verdict:

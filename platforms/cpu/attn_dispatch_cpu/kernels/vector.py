@@ -125,8 +125,9 @@ class Emit:
         return self.b.shuffle_vector(a, b, ir.Constant(vec(I32, len(pattern)), list(pattern)))
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, in one instruction where the CPU has one."""
         ty = a.type
-        return self._call(f"llvm.fma.{_mangle(ty)}", ir.FunctionType(ty, [ty] * 3), [a, b, c])
+        return self._call(f"llvm.fmuladd.{_mangle(ty)}", ir.FunctionType(ty, [ty] * 3), [a, b, c])
 
     def maximum(self, a: Value, b: Value) -> Value:
         """a > b ? a : b, one instruction everywhere; a NaN in `a` gives `b`."""
