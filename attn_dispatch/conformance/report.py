@@ -39,13 +39,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One backend: whether it could run here, and its cells."""
+    """One backend on one machine: whether it could run there, and its cells."""
 
     backend: str
     available: bool
     reason: str
     version: str
     evidence: str
+    machine: str
     cells: tuple[Cell, ...]
 
     @property
@@ -56,6 +57,11 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Row:
+        """Return what `as_dict` was made of."""
+        return cls(**{**data, "cells": tuple(Cell(**cell) for cell in data["cells"])})
 
 
 def verify(
@@ -73,14 +79,14 @@ def verify(
     backend = registry().load(name)
     available = backend.probe()
     if not available:
-        return Row(name, False, available.reason, available.version, "not run", ())
+        return Row(name, False, available.reason, available.version, "not run", machine().description, ())
     by_feature: dict[str, list[tuple[str, str, int]]] = {}
     for case in cases:
         if progress is not None:
             progress(case)
         by_feature.setdefault(case.feature, []).append(_try(name, case, max_tokens))
     cells = tuple(_cell(feature, found, available.evidence) for feature, found in by_feature.items())
-    return Row(name, True, available.reason, available.version, available.evidence, cells)
+    return Row(name, True, available.reason, available.version, available.evidence, machine().description, cells)
 
 
 def _try(name: str, case: Case, max_tokens: int) -> tuple[str, str, int]:
@@ -130,8 +136,11 @@ def as_markdown(rows: Iterable[Row]) -> str:
         lines.append(f"| {feature} | " + " | ".join(signs[c.state] if c else "not run" for c in found) + " |")
     notes = []
     for row in rows:
-        if not row.available:
-            notes.append(f"- `{row.backend}`: not run here: {row.reason}")
-        said = {cell.detail for cell in row.cells if cell.state in ("no", "partly")}
-        notes += [f"- `{row.backend}`: {text}" for text in sorted(said)]
-    return "\n".join([*lines, "", f"Machine: {machine().description}.", "", *notes, ""])
+        version = f" {row.version}" if row.version else ""
+        notes += ["", f"### `{row.backend}`{version}", "", f"{row.evidence}, on {row.machine}. {row.reason}".rstrip()]
+        said: dict[str, list[str]] = {}
+        for cell in row.cells:
+            if cell.state in ("no", "partly", "FAILED"):
+                said.setdefault(cell.detail, []).append(cell.feature)
+        notes += ["", *(f"- {', '.join(features)}: {text}" for text, features in said.items())] if said else []
+    return "\n".join([*lines, *notes, ""])

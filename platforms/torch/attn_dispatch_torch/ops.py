@@ -145,9 +145,7 @@ def paged_attention(
     """
     batch = (query_start_loc, seq_lens, block_table, slot_mapping)
     window = (window_left, window_right)
-    return _attend(
-        q, k, v, key_cache, value_cache, batch, scale, window, soft_cap, alibi_slopes, sinks, causal, False
-    )
+    return _attend(q, k, v, key_cache, value_cache, batch, scale, window, soft_cap, alibi_slopes, sinks, causal, False)
 
 
 @paged_attention.register_fake
@@ -177,9 +175,7 @@ def paged_attention_lse(
     """`paged_attention` that also returns the LSE, natural log, f32[T, H]."""
     batch = (query_start_loc, seq_lens, block_table, slot_mapping)
     window = (window_left, window_right)
-    return _attend(
-        q, k, v, key_cache, value_cache, batch, scale, window, soft_cap, alibi_slopes, sinks, causal, True
-    )
+    return _attend(q, k, v, key_cache, value_cache, batch, scale, window, soft_cap, alibi_slopes, sinks, causal, True)
 
 
 @paged_attention_lse.register_fake
