@@ -52,11 +52,11 @@ def measure(batch: int, context: int, arguments: argparse.Namespace) -> dict[str
     """Measure one cell."""
     import ml_dtypes
     import numpy as np
-    from attn_dispatch_cpu.running import Runner
     from cpu_rivals import Shape, make_inputs, sdpa, vllm
     from cpu_roofline import Roofline
 
     import attn_dispatch as ad
+    from attn_dispatch_cpu.running import Runner
 
     shape = Shape(batch, 1, context)
     inputs = make_inputs(shape)
@@ -116,7 +116,12 @@ def measure(batch: int, context: int, arguments: argparse.Namespace) -> dict[str
             run()  # whatever the one before left in the cache is gone
             times[name].append(min(timed(run) for _ in range(repeat)))
     least = roofline.seconds(shape.cache_bytes, shape.operations)
-    row: dict[str, Any] = {"batch": batch, "context": context, "threads": arguments.threads, "rounds": len(times["ours"])}
+    row: dict[str, Any] = {
+        "batch": batch,
+        "context": context,
+        "threads": arguments.threads,
+        "rounds": len(times["ours"]),
+    }
     row |= {f"{name}_ms": 1e3 * min(t) for name, t in times.items()}
     row["gb_per_s"] = shape.cache_bytes / min(times["kernel"]) / 1e9
     row["read_gb_per_s"] = roofline.bytes_per_second / 1e9
@@ -149,7 +154,9 @@ def line(row: dict[str, Any]) -> str:
     )
     for name in ("vllm", "sdpa"):
         if name in row:
-            text += f" | {name} {row[f'{name}_ms']:.3f} ms = {row[f'{name}_kernel']:.2f}x kernel (best {row[f'{name}_kernel_min']:.2f}), {row[name]:.2f}x run"
+            best = row[f"{name}_kernel_min"]
+            text += f" | {name} {row[f'{name}_ms']:.3f} ms = {row[f'{name}_kernel']:.2f}x kernel (best {best:.2f}), "
+            text += f"{row[name]:.2f}x run"
     return text
 
 

@@ -100,7 +100,24 @@ def vllm(shape: Shape, inputs: Inputs, library: str, block_size: int = 128) -> R
 
     def run() -> npt.NDArray[np.float32]:
         ops.cpu_attention_with_kv_cache(
-            q, key, value, out, start, lens, size**-0.5, True, None, -1, table, 0.0, metadata, None, None, 1.0, 1.0, "auto"
+            q,
+            key,
+            value,
+            out,
+            start,
+            lens,
+            size**-0.5,
+            True,
+            None,
+            -1,
+            table,
+            0.0,
+            metadata,
+            None,
+            None,
+            1.0,
+            1.0,
+            "auto",
         )
         return out
 

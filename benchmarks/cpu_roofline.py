@@ -10,12 +10,13 @@ import time
 from typing import Any
 
 import numpy as np
-from attn_dispatch_cpu.kernels.memory import read_i64, take_ticket, write_i64
-from attn_dispatch_cpu.kernels.vector import F32, I32, I64, Emit, vec
-from attn_dispatch_cpu.threads import POOL
 from llvmlite import ir
 from numba import int64, njit, void
 from numba.extending import intrinsic
+
+from attn_dispatch_cpu.kernels.memory import read_i64, take_ticket, write_i64
+from attn_dispatch_cpu.kernels.vector import F32, I32, I64, Emit, vec
+from attn_dispatch_cpu.threads import POOL
 
 READ_BYTES = 1 << 28
 PIECE_BYTES = 1 << 20
@@ -30,7 +31,7 @@ def _read(typing_context: Any, address: Any, size: Any) -> Any:
         e = Emit(builder)
         ty = vec(I64, 8)
         sums = [e.local(ty, ir.Constant(ty, None)) for _ in range(8)]
-        with e.loop(builder.udiv(args[1], e.int(512))) as i:
+        with e.loop(builder.udiv(args[1], e.index(512))) as i:
             at = e.add(args[0], e.mul(i, 512))
             for j, total in enumerate(sums):
                 builder.store(builder.xor(builder.load(total), e.load(e.add(at, 64 * j), ty)), total)
@@ -63,7 +64,7 @@ def _multiply_add(typing_context: Any, steps: Any) -> Any:
 
 # A job: [ticket, items, address, result].
 @njit(void(int64, int64), nogil=True)
-def _read_job(job, worker):  # type: ignore[no-untyped-def]
+def _read_job(job: int, worker: int) -> None:
     item = take_ticket(job)
     while item < read_i64(job + 8):
         write_i64(job + 24, _read(read_i64(job + 16) + item * PIECE_BYTES, PIECE_BYTES))
@@ -71,7 +72,7 @@ def _read_job(job, worker):  # type: ignore[no-untyped-def]
 
 
 @njit(void(int64, int64), nogil=True)
-def _multiply_job(job, worker):  # type: ignore[no-untyped-def]
+def _multiply_job(job: int, worker: int) -> None:
     item = take_ticket(job)
     while item < read_i64(job + 8):
         write_i64(job + 24, _multiply_add(FMA_STEPS // 20))

@@ -1,8 +1,8 @@
 """Compiled kernels: one per kind of cache, kept on disk so that only the first process of a machine compiles.
 
-The folder is `ATTN_DISPATCH_CACHE_DIR`, else the user's cache folder. A file holds one kernel; its name is a hash of all
-that its code depends on (this package's source, Numba, llvmlite, Python, the CPU and its flags), so that nothing is ever
-overwritten by something different: two processes that compile at once write the same file, each in one rename. A folder
+The folder is `ATTN_DISPATCH_CACHE_DIR`, else the user's cache folder. A file holds one kernel; its name is a hash of
+all that its code depends on (this package's source, Numba, llvmlite, Python, the CPU and its flags), so that nothing is
+ever overwritten by something different: two processes that compile at once write the same file, each in one rename. A folder
 that cannot be read or written, and a file that is damaged, cost a compilation and nothing else.
 """
 

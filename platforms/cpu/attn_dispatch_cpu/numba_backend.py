@@ -53,21 +53,22 @@ class NumbaBackend(Backend):
         facts = attn_dispatch.platform.facts
         missing = [flag for flag in _X86_FLAGS if flag not in facts["cpu_flags"]]
         if facts["machine"] in ("x86_64", "AMD64") and facts["cpu_flags"] and missing:
-            return Availability(False, f"this CPU lacks {', '.join(missing)} (x86 of 2013 and later has them)", version=found)
+            reason = f"this CPU lacks {', '.join(missing)}, which x86 has had since 2013"
+            return Availability(False, reason, version=found)
         return Availability(True, f"compiled for this CPU by Numba {found}", version=found)
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Everything but float64, packed integer caches, and blocks that are not a multiple of 8."""
         refusals = []
         if spec.dtype == "float64":
-            refusals.append(Refusal("dtype", spec.dtype, "computes in float32: float32, float16, bfloat16", "Use float32"))
+            refusals.append(Refusal("dtype", spec.dtype, "takes float32, float16, bfloat16", "Use float32"))
         if spec.kv_cache_dtype not in _STORED:
             refusals.append(Refusal("kv_cache_dtype", spec.kv_cache_dtype, f"stores {', '.join(_STORED)}", "Use int8"))
         if spec.block_size % 8:
             refusals.append(Refusal("block_size", spec.block_size, "needs a multiple of 8", "Ask for block_size=32"))
-        for name in ("head_size", "value_head_size"):
-            if getattr(spec, name) > MAX_HEAD_SIZE:
-                refusals.append(Refusal(name, getattr(spec, name), f"goes up to {MAX_HEAD_SIZE}"))
+        for name, size in (("head_size", spec.head_size), ("value_head_size", spec.value_head_size)):
+            if size > MAX_HEAD_SIZE:
+                refusals.append(Refusal(name, size, f"goes up to {MAX_HEAD_SIZE}"))
         return self.refuse(*refusals)
 
     def layout(self, spec: AttentionSpec) -> CacheLayout:

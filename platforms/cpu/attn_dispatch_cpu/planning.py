@@ -8,6 +8,7 @@ kernel in items of up to 64 rows of one kv head. Items are handed out in order, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
             bounds = [(max(b, int(begin[i])), min(b + step, int(end[i]))) for b in range(start, int(end[i]), step)]
             bounds = bounds or [(0, 0)]
             split = len(bounds) > 1
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in pairwise(edges):
                 if split:
                     entry = np.zeros((1, J.GROUP_WORDS), np.int32)
                     entry[0, [J.GROUP_PART, J.GROUP_PARTS, J.GROUP_TILE]] = num_parts, len(bounds), sum(map(len, tiles))

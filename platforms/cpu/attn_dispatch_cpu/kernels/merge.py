@@ -8,7 +8,12 @@ from typing import Any
 from attn_dispatch_cpu.kernels import job as J
 from attn_dispatch_cpu.kernels.isa import Isa
 from attn_dispatch_cpu.kernels.memory import (
-    fill_zero, read_f32, read_i32, read_i64, take_ticket, write_f32,
+    fill_zero,
+    read_f32,
+    read_i32,
+    read_i64,
+    take_ticket,
+    write_f32,
 )  # fmt: skip
 from attn_dispatch_cpu.kernels.rows import make_store_row
 
@@ -19,7 +24,7 @@ def make_merge_kernel(isa: Isa) -> Any:
     """Build the kernel, as a plain function `(job, worker)`; an item is one split tile's kv head."""
     store_row = make_store_row(isa)
 
-    def merge(job, worker):
+    def merge(job: int, worker: int) -> None:
         items = read_i64(job + 8 * J.ITEMS)
         ticket = read_i64(job + 8 * J.TICKET)
         group = read_i64(job + 8 * J.GROUP)
@@ -64,7 +69,9 @@ def make_merge_kernel(isa: Isa) -> Any:
                     lse = peak + math.log(total)
                 head_row = head * group + read_i32(tile + 4 * J.TILE_GROUP) + r % groups
                 out = read_i64(job + 8 * J.OUT) + (token + r // groups) * read_i64(job + 8 * J.OUT_TOKEN)
-                store_row(row, factor, read_i64(job + 8 * J.OUT_KIND), width, out + head_row * read_i64(job + 8 * J.OUT_HEAD))
+                store_row(
+                    row, factor, read_i64(job + 8 * J.OUT_KIND), width, out + head_row * read_i64(job + 8 * J.OUT_HEAD)
+                )
                 lses = read_i64(job + 8 * J.LSE)
                 if lses != 0:
                     write_f32(lses + 4 * ((token + r // groups) * kv_heads * group + head_row), lse)

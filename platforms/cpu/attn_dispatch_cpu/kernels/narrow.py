@@ -1,9 +1,9 @@
 """Attention for few query rows per kv head: decode, speculative verify. Memory-bound work, so keys stream once.
 
-An item is a sequence's query tile, some neighbouring kv heads and a range of its context. It is read block by block and,
-inside a block, head by head: that is the order in which an HND cache lies in memory, so that the hardware's prefetcher
-sees runs of `heads * block_size` rows. While the keys of one (block, head) are multiplied those of the next are fetched,
-and likewise its values.
+An item is a sequence's query tile, some neighbouring kv heads and a range of its context. It is read block by block
+and, inside a block, head by head: that is the order in which an HND cache lies in memory, so that the hardware's
+prefetcher sees runs of `heads * block_size` rows. While the keys of one (block, head) are multiplied those of the next
+are fetched, and likewise its values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from attn_dispatch_cpu.kernels import job as J
 from attn_dispatch_cpu.kernels.elements import ITEM_BYTES
 from attn_dispatch_cpu.kernels.isa import Isa
 from attn_dispatch_cpu.kernels.memory import (
-    fill_zero, read_f32, read_f64, read_i32, read_i64, take_ticket, write_f32, write_i64,
+    fill_zero,
+    read_f32,
+    read_f64,
+    read_i32,
+    read_i64,
+    take_ticket,
+    write_f32,
+    write_i64,
 )  # fmt: skip
 from attn_dispatch_cpu.kernels.narrow_tiles import make_narrow_tiles
 from attn_dispatch_cpu.kernels.places import fill_facts, locate
@@ -49,7 +56,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
     store_row = make_store_row(isa)
     collect_row = make_collect_row(column_unit, dot)
 
-    def narrow(job, worker):
+    def narrow(job: int, worker: int) -> None:
         items = read_i64(job + 8 * J.ITEMS)
         ticket = read_i64(job + 8 * J.TICKET)
         tile_table = read_i64(job + 8 * J.TILES)
@@ -220,8 +227,8 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                                         scores + 64 * i, read_i64(keys_next + 8 * i))  # fmt: skip
                         multiplier = scale * LOG2E
                         if special:
-                            adjust(scores, tiles, 64, facts + 320 * which, first, 4, key_factors if key_scales != 0 else 0,
-                                   flags, scale, cap)  # fmt: skip
+                            adjust(scores, tiles, 64, facts + 320 * which, first, 4,
+                                   key_factors if key_scales != 0 else 0, flags, scale, cap)  # fmt: skip
                             multiplier = 1.0
                         softmax(scores, tiles, weights, state + 128 * which, factors,
                                 value_factors if value_scales != 0 else 0, multiplier)  # fmt: skip

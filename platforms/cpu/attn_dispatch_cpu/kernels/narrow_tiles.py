@@ -2,9 +2,9 @@
 
 Scores of a tile lie as 16 floats, `[row][token]`.
 
-On a CPU with the bf16 dot product two neighbouring elements of a row go through one lane: keys are used as they lie; of
-values, two tokens' rows are interleaved on the way (an output unit is then 32 columns in the order that the interleaving
-gives, which `collect_row` undoes). Elsewhere both are widened to f32 once and used by all rows.
+On a CPU with the bf16 dot product two neighbouring elements of a row go through one lane: keys are used as they lie;
+of values, two tokens' rows are interleaved on the way (an output unit is then 32 columns in the order that the
+interleaving gives, which `collect_row` undoes). Elsewhere both are widened to f32 once and used by all rows.
 
 Measured on Zen 4, D = 128, in cycles per token and kv head, where the products alone take 16 + 16: scores 18.3 (the sum
 over lanes hides behind the products; spreading 128 bits of a key over four rows instead needs no such sum, but its
@@ -81,7 +81,7 @@ def _scores(isa: Isa, kind: int, dot: bool, depth_unit: int, locality: int) -> A
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e, b = Emit(builder), builder
             q, q_row, key, token, depth, out, ahead = args
-            whole, rest = b.udiv(depth, e.int(depth_unit)), b.urem(depth, e.int(depth_unit))
+            whole, rest = b.udiv(depth, e.index(depth_unit)), b.urem(depth, e.index(depth_unit))
             keys = [e.add(key, e.mul(token, t)) for t in range(TOKENS)]
             for first in range(0, ROWS, isa.rows_per_pass):
                 queries = [e.add(q, e.mul(q_row, first + r)) for r in range(isa.rows_per_pass)]
@@ -93,9 +93,11 @@ def _scores(isa: Isa, kind: int, dot: bool, depth_unit: int, locality: int) -> A
                         start = e.add(ahead, e.mul(i, TOKENS * depth_unit * item))
                         for line in range(0, TOKENS * depth_unit * item, 64):
                             e.prefetch(e.add(start, line), locality)
-                with b.if_then(b.icmp_signed(">", rest, e.int(0)), likely=False):
+                with b.if_then(b.icmp_signed(">", rest, e.index(0)), likely=False):
                     mask = e.lanes_below(rest, depth_unit)
-                    step(e, sums, queries, keys, e.mul(whole, depth_unit * item), e.mul(whole, depth_unit * q_item), mask)
+                    step(
+                        e, sums, queries, keys, e.mul(whole, depth_unit * item), e.mul(whole, depth_unit * q_item), mask
+                    )
                 totals = reduce_tile(e, [[b.load(s) for s in row] for row in sums])
                 for n, total in enumerate(totals):
                     e.store(total, e.add(out, first * TOKENS * 4 + n * total.type.count * 4))
@@ -172,7 +174,9 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
                         for i in (0, 1)
                     ]
                     for start in (0, 4):
-                        pattern = [x for q in range(0, 32, 8) for i in range(4) for x in (q + start + i, 32 + q + start + i)]
+                        pattern = [
+                            x for q in range(0, 32, 8) for i in range(4) for x in (q + start + i, 32 + q + start + i)
+                        ]
                         columns.append(e.shuffle(pair[0], pair[1], pattern))
                 else:
                     columns.append(load_widened(e, kind, e.add(at[t], offset), lanes, mask))
@@ -215,7 +219,7 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
             e, b = Emit(builder), builder
             acc, weights, table, tiles, width, factors, ahead = args
             wide = units * column_unit
-            groups = b.udiv(width, e.int(wide))
+            groups = b.udiv(width, e.index(wide))
             for first in range(0, ROWS, isa.rows_per_pass):
                 rows = range(first, first + isa.rows_per_pass)
                 with e.loop(groups) as g:
@@ -223,11 +227,11 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
                           e.mul(g, wide * item), factors, ahead, None, first == 0)  # fmt: skip
                 # What is left, one unit at a time; the last may be partly outside the row.
                 done = e.mul(groups, wide)
-                left = b.udiv(e.add(b.sub(width, done), column_unit - 1), e.int(column_unit))
+                left = b.udiv(e.add(b.sub(width, done), column_unit - 1), e.index(column_unit))
                 with e.loop(left) as u:
                     column = e.add(done, e.mul(u, column_unit))
                     mask = e.lanes_below(b.sub(width, column), column_unit)
-                    unit = b.udiv(column, e.int(column_unit))
+                    unit = b.udiv(column, e.index(column_unit))
                     group(e, rows, 1, e.add(acc, e.mul(unit, unit_bytes)), weights, table, tiles,
                           e.mul(column, item), factors, ahead, mask, first == 0)  # fmt: skip
             return context.get_dummy_value()

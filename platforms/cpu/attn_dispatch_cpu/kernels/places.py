@@ -9,7 +9,7 @@ from attn_dispatch_cpu.kernels.memory import read_f32, read_i32, read_i64, write
 
 
 @njit  # type: ignore[untyped-decorator]
-def locate(job, sequence, position):
+def locate(job: int, sequence: int, position: int) -> tuple[int, int, int]:
     """Return the addresses of one token's key and value in kv head 0, and its number among head 0's scales.
 
     Positions up to the next multiple of the block size follow at the token stride, heads at the head stride.
@@ -31,7 +31,7 @@ def locate(job, sequence, position):
 
 
 @njit  # type: ignore[untyped-decorator]
-def fill_facts(job, tile, head, rows, lanes_per_row, facts):
+def fill_facts(job: int, tile: int, head: int, rows: int, lanes_per_row: int, facts: int) -> tuple[int, int]:
     """Write each lane's limits, slope and position (see `softmax.adjust`); return (highest low, lowest high).
 
     Rows beyond `rows` are padding: they see what the others do, so that they never need a mask of their own.

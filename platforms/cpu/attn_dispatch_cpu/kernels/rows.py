@@ -18,17 +18,18 @@ FLOATS = (KIND_F32, KIND_F16, KIND_BF16)
 def in_pieces(e: Emit, count: Value, lanes: int, piece: Callable[[Value, Value | None], None]) -> None:
     """Call `piece(first element, mask)` for whole vectors of a row (no mask), and for what is left (masked)."""
     b = e.b
-    whole = b.udiv(count, e.int(lanes))
+    whole = b.udiv(count, e.index(lanes))
     with e.loop(whole) as i:
         piece(e.mul(i, lanes), None)
-    rest = b.urem(count, e.int(lanes))
-    with b.if_then(b.icmp_signed(">", rest, e.int(0))):
+    rest = b.urem(count, e.index(lanes))
+    with b.if_then(b.icmp_signed(">", rest, e.index(0))):
         piece(e.mul(whole, lanes), e.lanes_below(rest, lanes))
 
 
 def by_kind(e: Emit, kind: Value, kinds: tuple[int, ...], emit: Callable[[int], None]) -> None:
+    """Call `emit(k)` for every kind, each behind a test at run time."""
     for each in kinds:
-        with e.b.if_then(e.b.icmp_signed("==", kind, e.int(each))):
+        with e.b.if_then(e.b.icmp_signed("==", kind, e.index(each))):
             emit(each)
 
 
@@ -47,7 +48,10 @@ def make_load_row(isa: Isa, raw: bool) -> Any:
                     at = e.add(source, e.mul(first, ITEM_BYTES[which]))
                     if raw:
                         ty = vec(I16, lanes)
-                        e.store(e.load(at, ty) if mask is None else e.load_masked(at, ty, mask), e.add(target, e.mul(first, 2)))
+                        e.store(
+                            e.load(at, ty) if mask is None else e.load_masked(at, ty, mask),
+                            e.add(target, e.mul(first, 2)),
+                        )
                     else:
                         e.store(load_widened(e, which, at, lanes, mask), e.add(target, e.mul(first, 4)))
 
@@ -115,7 +119,9 @@ def make_collect_row(column_unit: int, dot: bool) -> Any:
                     low, high = e.load(at, vec(F32, 16)), e.load(e.add(at, 64), vec(F32, 16))
                     for half in (0, 1):
                         quarters = (2 * half, 2 * half + 1)
-                        pattern = [x for q in quarters for side in (0, 16) for x in range(side + 4 * q, side + 4 * q + 4)]
+                        pattern = [
+                            x for q in quarters for side in (0, 16) for x in range(side + 4 * q, side + 4 * q + 4)
+                        ]
                         e.store(e.shuffle(low, high, pattern), e.add(to, 64 * half))
                 else:
                     e.store(e.load(at, vec(F32, column_unit)), to)

@@ -22,7 +22,7 @@ def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, facts: Any, positi
            token_scales: Any, flags: Any, scale: Any, cap: Any) -> Any:  # fmt: skip
     """Apply what is not a plain factor, in place: scores become base-2 logits, masked ones -inf.
 
-    Args:
+    Arguments of the intrinsic:
         scores: f32[tiles][16], a tile every `tile_bytes`.
         facts: f32[5][16] per lane: first visible position, one past the last, ALiBi slope, query position, offset of
             the lane's token inside its tile (0 for wide tiles).
@@ -38,17 +38,17 @@ def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, facts: Any, positi
         low, high, slope, query, offset = (e.load(e.add(facts, 64 * i), ROW) for i in range(5))
         minus_inf = e.const(float("-inf"), L)
         scale = e.splat(scale, L)
-        has_cap = b.icmp_signed("!=", b.and_(flags, e.int(1)), e.int(0))
-        has_alibi = b.icmp_signed("!=", b.and_(flags, e.int(2)), e.int(0))
-        has_scales = b.icmp_signed("!=", token_scales, e.int(0))
-        narrow = b.icmp_signed("==", step, e.int(4))
+        has_cap = b.icmp_signed("!=", b.and_(flags, e.index(1)), e.index(0))
+        has_alibi = b.icmp_signed("!=", b.and_(flags, e.index(2)), e.index(0))
+        has_scales = b.icmp_signed("!=", token_scales, e.index(0))
+        narrow = b.icmp_signed("==", step, e.index(4))
         with e.loop(tiles) as i:
             at = e.add(scores, b.mul(i, tile_bytes))
             token = b.add(position, b.mul(i, step))
             where = b.fadd(e.splat(b.sitofp(token, F32), L), offset)
             x = e.local(ROW, b.fmul(e.load(at, ROW), scale))
             with b.if_then(has_scales):
-                entry = e.add(token_scales, b.mul(b.mul(i, step), e.int(4)))
+                entry = e.add(token_scales, b.mul(b.mul(i, step), e.index(4)))
                 with b.if_else(narrow) as (then, otherwise):
                     with then:
                         four = e.load(entry, vec(F32, 4))
@@ -120,7 +120,7 @@ def make_narrow_softmax(dot: bool) -> Any:
             total_at = e.add(state, 64)
             total = e.local(ROW, b.fmul(e.load(total_at, ROW), correction))
             minus_shift = b.fneg(shift)
-            scaled = b.icmp_signed("!=", token_scales, e.int(0))
+            scaled = b.icmp_signed("!=", token_scales, e.index(0))
             with e.loop(tiles) as i:
                 weight = e.exp2(e.fma(e.load(e.add(scores, e.mul(i, 64)), ROW), factor, minus_shift))
                 b.store(b.fadd(b.load(total), weight), total)
@@ -140,4 +140,4 @@ def make_narrow_softmax(dot: bool) -> Any:
     return softmax
 
 
-__all__ = ["L", "ROW", "adjust", "make_narrow_softmax", "rescale"]
+__all__ = ["ROW", "L", "adjust", "make_narrow_softmax", "rescale"]

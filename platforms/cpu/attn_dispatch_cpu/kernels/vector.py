@@ -53,14 +53,17 @@ class Emit:
         self.b = builder
 
     # -- scalars and control -------------------------------------------------------------------------------------
-    def int(self, value: int) -> Value:
+    def index(self, value: int) -> Value:
+        """An i64 constant."""
         return ir.Constant(I64, value)
 
     def add(self, a: Value, b: Value | int) -> Value:
-        return self.b.add(a, b if not isinstance(b, int) else self.int(b))
+        """a + b, i64."""
+        return self.b.add(a, b if not isinstance(b, int) else self.index(b))
 
     def mul(self, a: Value, b: Value | int) -> Value:
-        return self.b.mul(a, b if not isinstance(b, int) else self.int(b))
+        """a * b, i64."""
+        return self.b.mul(a, b if not isinstance(b, int) else self.index(b))
 
     @contextmanager
     def loop(self, count: Value) -> Iterator[Value]:
@@ -76,12 +79,15 @@ class Emit:
 
     # -- memory --------------------------------------------------------------------------------------------------
     def pointer(self, address: Value, ty: Any) -> Value:
+        """An address as a pointer to a type."""
         return self.b.inttoptr(address, ty.as_pointer())
 
     def load(self, address: Value, ty: Any, align: int = 1) -> Value:
+        """Read a value of a type."""
         return self.b.load(self.pointer(address, ty), align=align)
 
     def store(self, value: Value, address: Value, align: int = 1) -> None:
+        """Write a value."""
         self.b.store(value, self.pointer(address, value.type), align=align)
 
     def lanes_below(self, count: Value, lanes: int) -> Value:
@@ -96,6 +102,7 @@ class Emit:
         return self._call(name, fnty, [self.pointer(address, ty), ir.Constant(I32, 1), mask, ir.Constant(ty, None)])
 
     def store_masked(self, value: Value, address: Value, mask: Value) -> None:
+        """Write the lanes of `mask`; the memory of the others is not touched."""
         ty = value.type
         name = f"llvm.masked.store.{_mangle(ty)}.p0"
         fnty = ir.FunctionType(ir.VoidType(), [ty, ty.as_pointer(), I32, mask.type])
@@ -111,17 +118,21 @@ class Emit:
 
     # -- vectors -------------------------------------------------------------------------------------------------
     def const(self, value: float, lanes: int) -> Value:
+        """A constant in every lane, f32."""
         return ir.Constant(vec(F32, lanes), [value] * lanes)
 
     def consti(self, value: int, lanes: int, ty: Any = I32) -> Value:
+        """A constant in every lane, an integer."""
         return ir.Constant(vec(ty, lanes), [value] * lanes)
 
     def splat(self, scalar: Value, lanes: int) -> Value:
+        """A scalar in every lane."""
         ty = vec(scalar.type, lanes)
         one = self.b.insert_element(ir.Constant(ty, ir.Undefined), scalar, ir.Constant(I32, 0))
         return self.b.shuffle_vector(one, ir.Constant(ty, ir.Undefined), ir.Constant(vec(I32, lanes), [0] * lanes))
 
     def shuffle(self, a: Value, b: Value, pattern: Sequence[int]) -> Value:
+        """Lanes of `a` and then of `b`, by number."""
         return self.b.shuffle_vector(a, b, ir.Constant(vec(I32, len(pattern)), list(pattern)))
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:

@@ -14,7 +14,15 @@ from attn_dispatch_cpu.kernels import job as J
 from attn_dispatch_cpu.kernels.elements import ITEM_BYTES
 from attn_dispatch_cpu.kernels.isa import Isa
 from attn_dispatch_cpu.kernels.memory import (
-    fill_zero, read_f32, read_f64, read_i32, read_i64, take_ticket, write_f32, write_i32, write_i64,
+    fill_zero,
+    read_f32,
+    read_f64,
+    read_i32,
+    read_i64,
+    take_ticket,
+    write_f32,
+    write_i32,
+    write_i64,
 )  # fmt: skip
 from attn_dispatch_cpu.kernels.places import fill_facts, locate
 from attn_dispatch_cpu.kernels.rows import make_load_row, make_store_row
@@ -30,7 +38,10 @@ NEG_INF = -math.inf
 def wide_scratch_bytes(depth: int, width: int) -> int:
     """Bytes of scratch that one worker needs: what `make_wide_kernel` lays out, and room to align it."""
     depth, width = -(-depth // 32) * 32, -(-width // 32) * 32
-    return 4 * (ROWS * (depth + width + 2 * CHUNK + 32) + CHUNK * (depth + width) + 2 * depth + 4 * width + 4 * CHUNK) + 4096
+    return (
+        4 * (ROWS * (depth + width + 2 * CHUNK + 32) + CHUNK * (depth + width) + 2 * depth + 4 * width + 4 * CHUNK)
+        + 4096
+    )
 
 
 def make_wide_kernel(isa: Isa, kind: int, dot: bool) -> Any:
@@ -44,7 +55,7 @@ def make_wide_kernel(isa: Isa, kind: int, dot: bool) -> Any:
     pad = 32 if dot else isa.lanes
     in_place = dot  # keys are read where they lie; with a dot product of pairs, if their number is even
 
-    def wide(job, worker):
+    def wide(job: int, worker: int) -> None:
         items = read_i64(job + 8 * J.ITEMS)
         ticket = read_i64(job + 8 * J.TICKET)
         tile_table = read_i64(job + 8 * J.TILES)

@@ -1,7 +1,7 @@
 """Register tiles for many query rows (prefill): a lane is a query row.
 
-Both products have one shape, `out[m][row] += sum over k of a[m][k] * b[k][row]`: an element of `a` is spread over the
-lanes and multiplied with vectors of rows. For scores m is a token, k the head size; for values m is a column, k a token.
+Both products have one shape, `out[m][row] += sum over k of a[m][k] * b[k][row]`: an element of `a` is spread over
+the lanes and multiplied with vectors of rows. For scores m is a token, k the head size; for values m is a column, k a token.
 On a CPU with the bf16 dot product one k is a pair of bf16; elsewhere one f32. No sum over lanes, and softmax runs per
 lane.
 """
@@ -35,7 +35,7 @@ def make_product(isa: Isa, dot: bool) -> Any:
              factors: Value) -> None:  # fmt: skip
         b = e.b
         sums = [[e.local(accumulator, e.const(0.0, lanes)) for _ in range(wide)] for _ in range(count)]
-        with b.if_then(b.icmp_signed("!=", factors, e.int(0))):
+        with b.if_then(b.icmp_signed("!=", factors, e.index(0))):
             for v in range(wide):
                 factor = e.load(e.add(factors, 4 * lanes * v), accumulator)
                 for i in range(count):
@@ -71,9 +71,9 @@ def make_product(isa: Isa, dot: bool) -> Any:
                 """All m outputs for `wide` vectors of rows."""
                 shift = e.mul(first_row, 4)
                 right_at, out_at = e.add(right, shift), e.add(out, shift)
-                none = b.icmp_signed("==", factors, e.int(0))
+                none = b.icmp_signed("==", factors, e.index(0))
                 factors_at = b.select(none, factors, e.add(factors, shift))
-                whole = b.udiv(m, e.int(isa.tile_tokens))
+                whole = b.udiv(m, e.index(isa.tile_tokens))
                 with e.loop(whole) as i:
                     at = e.mul(i, isa.tile_tokens)
                     tile(e, e.add(a, b.mul(at, a_m)), a_m, a_k, right_at, steps, e.add(out_at, e.mul(at, 4 * ROWS)),
@@ -85,11 +85,11 @@ def make_product(isa: Isa, dot: bool) -> Any:
                          1, wide, factors_at)  # fmt: skip
 
             step = isa.tile_vectors * lanes
-            whole_rows = b.udiv(rows, e.int(step))
+            whole_rows = b.udiv(rows, e.index(step))
             with e.loop(whole_rows) as w:
                 columns(isa.tile_vectors, e.mul(w, step))
             done_rows = e.mul(whole_rows, step)
-            left = b.udiv(e.add(b.sub(rows, done_rows), lanes - 1), e.int(lanes))
+            left = b.udiv(e.add(b.sub(rows, done_rows), lanes - 1), e.index(lanes))
             with e.loop(left) as w:
                 columns(1, e.add(done_rows, e.mul(w, lanes)))
             return context.get_dummy_value()
@@ -114,11 +114,11 @@ def interleave_rows(tc: Any, first: Any, second: Any, count: Any, target: Any) -
             pair = [e.load(r, ty) if mask is None else e.load_masked(r, ty, mask) for r in rows]
             e.store(e.shuffle(pair[0], pair[1], pattern), e.add(target, e.mul(at, 4)))
 
-        whole = b.udiv(count, e.int(16))
+        whole = b.udiv(count, e.index(16))
         with e.loop(whole) as i:
             piece(e.mul(i, 16), None)
-        rest = b.urem(count, e.int(16))
-        with b.if_then(b.icmp_signed(">", rest, e.int(0))):
+        rest = b.urem(count, e.index(16))
+        with b.if_then(b.icmp_signed(">", rest, e.index(0))):
             piece(e.mul(whole, 16), e.lanes_below(rest, 16))
         return context.get_dummy_value()
 
@@ -134,12 +134,12 @@ def make_widen_row(isa: Isa, kind: int) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e, b = Emit(builder), builder
             source, count, target = args
-            whole = b.udiv(count, e.int(lanes))
+            whole = b.udiv(count, e.index(lanes))
             with e.loop(whole) as i:
                 at = e.add(source, e.mul(i, lanes * ITEM_BYTES[kind]))
                 e.store(load_widened(e, kind, at, lanes), e.add(target, e.mul(i, 4 * lanes)))
-            rest = b.urem(count, e.int(lanes))
-            with b.if_then(b.icmp_signed(">", rest, e.int(0))):
+            rest = b.urem(count, e.index(lanes))
+            with b.if_then(b.icmp_signed(">", rest, e.index(0))):
                 at = e.add(source, e.mul(whole, lanes * ITEM_BYTES[kind]))
                 wide = load_widened(e, kind, at, lanes, e.lanes_below(rest, lanes))
                 e.store(wide, e.add(target, e.mul(whole, 4 * lanes)))
@@ -172,7 +172,7 @@ def make_wide_softmax(dot: bool) -> Any:
             total_at = e.add(state, 64)
             total = e.local(ROW, b.fmul(e.load(total_at, ROW), correction))
             minus_shift = b.fneg(shift)
-            scaled = b.icmp_signed("!=", token_scales, e.int(0))
+            scaled = b.icmp_signed("!=", token_scales, e.index(0))
 
             def weight_of(i: Value) -> Value:
                 weight = e.exp2(e.fma(e.load(e.add(scores, e.mul(i, 4 * ROWS)), ROW), factor, minus_shift))
@@ -180,7 +180,7 @@ def make_wide_softmax(dot: bool) -> Any:
                 return weight
 
             if dot:
-                with e.loop(b.udiv(tokens, e.int(2))) as i:
+                with e.loop(b.udiv(tokens, e.index(2))) as i:
                     pair = [e.round_bf16_fast(weight_of(e.add(e.mul(i, 2), j))) for j in (0, 1)]
                     mixed = e.shuffle(pair[0], pair[1], [x for lane in range(L) for x in (lane, L + lane)])
                     e.store(mixed, e.add(weights, e.mul(i, 4 * ROWS)))
@@ -193,8 +193,6 @@ def make_wide_softmax(dot: bool) -> Any:
                     e.store(b.load(kept), e.add(weights, e.mul(i, 4 * ROWS)))
             e.store(b.load(total), total_at)
             return context.get_dummy_value()
-
-
 
         return void(int64, int64, int64, int64, int64, int64, float32), codegen
 

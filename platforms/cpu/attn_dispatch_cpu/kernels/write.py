@@ -15,7 +15,15 @@ from numba.extending import intrinsic
 
 from attn_dispatch_cpu.kernels import job as J
 from attn_dispatch_cpu.kernels.elements import (
-    ITEM_BYTES, KIND_BF16, KIND_E4M3, KIND_E5M2, KIND_F16, KIND_F32, KIND_INT8, load_widened, narrow,
+    ITEM_BYTES,
+    KIND_BF16,
+    KIND_E4M3,
+    KIND_E5M2,
+    KIND_F16,
+    KIND_F32,
+    KIND_INT8,
+    load_widened,
+    narrow,
 )  # fmt: skip
 from attn_dispatch_cpu.kernels.isa import Isa
 from attn_dispatch_cpu.kernels.memory import read_f64, read_i64, take_ticket
@@ -138,7 +146,7 @@ def make_write_kernel(isa: Isa, kind: int) -> Any:
     """Build the kernel of one kind of cache, as a plain function `(job, worker)`; an item is a new token."""
     store_slot = make_store_slot(isa, kind)
 
-    def write(job, worker):
+    def write(job: int, worker: int) -> None:
         rows = read_i64(job + 8 * J.NEW_ROWS)
         ticket = read_i64(job + 8 * J.TICKET)
         slots = read_i64(job + 8 * J.SLOTS)
