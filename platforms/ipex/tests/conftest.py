@@ -1,0 +1,9 @@
+"""The mark of tests that compare calls with a vendor's signatures where its hardware is not here."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "interface: compares with a vendor's real package; runs none of its kernels")
