@@ -1,1 +1,1 @@
-"""The command line: `doctor`, `verify`, `bench`, `generate`. Nothing of the library imports this."""
+"""The command line: `doctor`, `verify`, `generate`. Nothing of the library imports this."""
