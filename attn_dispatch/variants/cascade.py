@@ -1,0 +1,119 @@
+"""`Cascade`: sequences that begin with the same blocks read them once, together.
+
+A plain step reads a prefix that S sequences share S times. Here their queries, side by side, attend to it as one
+sequence, each attends to the rest of its own, and the two are merged (Ye et al., cascade inference; Juravsky et al.,
+Hydragen, arXiv 2402.05099).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from attn_dispatch.attention import attention
+from attn_dispatch.backend import Backend
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
+from attn_dispatch.errors import MetadataError
+from attn_dispatch.variants.choosing import choose_for
+from attn_dispatch.variants.pieces import I64, reading, shifted
+from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
+
+__all__ = ["Cascade"]
+
+
+class Cascade(Variant):
+    """A decoder layer whose steps look for shared blocks in their own block tables."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        backend: str | Backend | None = None,
+        *,
+        sinks: Array | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """Choose a backend for the layer.
+
+        Args:
+            spec: a causal decoder without a window.
+            backend: the one to use (strict); None: chosen. It has to return the log-sum-exp.
+            sinks: f32[H], with `spec.sinks`.
+            k_scale: see `ad.attention`.
+            v_scale: see `ad.attention`.
+
+        Raises:
+            SpecError: a field that means nothing here.
+            NoBackendError: no backend runs the passes.
+        """
+        self.spec = spec
+        refuse_fields("Cascade", replace(spec, kind="decoder"), "window", "alibi", "causal")
+        own = replace(spec, returns_lse=True)
+        # The sink counts once: with each sequence's own part.
+        shared = replace(own, kind="cross", causal=False, sinks=False, writes_kv=False)
+        scaled = k_scale != 1.0 or v_scale != 1.0
+        self.backend = choose_for("Cascade", [own, shared], backend, scaled=scaled)
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+        self._own = attention(own, self.backend, sinks=sinks, **scales)
+        self._shared = attention(shared, self.backend, **scales)
+        self._cache_attn = self._own
+
+    def plan(self, batch: AttentionMetadata) -> VariantPlan:
+        """Prepare a step: neighbouring sequences with the same first blocks read those together.
+
+        Raises:
+            MetadataError: the batch has no block tables, or of another block size.
+        """
+        spec, view = self.spec, batch.view("decoder")
+        if batch.block_size != spec.block_size:
+            raise MetadataError(f"the batch has block_size={batch.block_size}, the layer {spec.block_size}")
+        shared, sequence, rows = self._shared_blocks(view)
+        passes = [Pass(self._own, self._own.plan(self._own_batch(batch, view, shared)), writes=True)]
+        if shared.any():
+            table = shifted(view.pages.block_table, sequence, np.zeros_like(sequence), shared[sequence])
+            together = reading(rows, shared[sequence] * spec.block_size, table, spec.block_size, everything=True)
+            passes.append(Pass(self._shared, self._shared.plan(together)))
+        return VariantPlan(
+            spec=spec,
+            num_tokens=view.num_tokens,
+            groups=(Group(tuple(passes)),),
+            highest_block=view.pages.highest_block,
+        )
+
+    def _shared_blocks(self, view: BatchView) -> tuple[I64, I64, I64]:
+        """Return the blocks that each sequence shares, i64[S], and runs of neighbours that do: a member, and rows."""
+        table, size = view.pages.block_table, self.spec.block_size
+        lens, new = view.kv_lens.astype(np.int64), view.query_lens.astype(np.int64)
+        # Only what was there before the step, in whole blocks: every row of the run sees all of it.
+        whole = np.maximum(lens - new, 0) // size
+        shared = np.zeros(len(lens), np.int64)
+        member, rows = [], []
+        start = 0
+        while start < len(lens):
+            stop = start + 1
+            while whole[start] and stop < len(lens) and whole[stop] and table[stop, 0] == table[start, 0]:
+                stop += 1
+            if stop - start > 1:
+                most = int(whole[start:stop].min())
+                same = (table[start:stop, :most] == table[start, :most]).all(axis=0)
+                shared[start:stop] = most if same.all() else int(np.argmin(same))
+            member.append(start)
+            rows.append(int(new[start:stop].sum()))
+            start = stop
+        return shared, np.array(member, np.int64), np.array(rows, np.int64)
+
+    def _own_batch(self, batch: AttentionMetadata, view: BatchView, shared: I64) -> AttentionMetadata:
+        """Return the batch without the shared blocks: its last rows stay at its last keys, its slots in place."""
+        if not shared.any():
+            return batch
+        lens = (view.kv_lens - shared * self.spec.block_size).astype(np.int32)
+        every = np.arange(view.num_seqs)
+        return AttentionMetadata(
+            query_start_loc=view.query_start_loc,
+            seq_lens=lens,
+            block_table=shifted(view.pages.block_table, every, shared, -(-lens // self.spec.block_size)),
+            slot_mapping=view.pages.slot_mapping,
+            block_size=self.spec.block_size,
+        )

@@ -1,0 +1,260 @@
+"""`Differential`: differential attention (Ye et al., arXiv 2410.05258).
+
+Heads come in pairs, striped: heads 2i and 2i + 1 are the two maps of pair i, and the pair's values are those of both
+side by side, 2D wide. Its output is `norm((map_1 - lambda * map_2) values) * (1 - lambda_init)`.
+
+A cache keeps a pair's keys side by side as it does its values: [N, K/2, B, 2D], the very bytes of an ordinary cache
+with NHD order. Over it, one ordinary pass computes both maps of all pairs: the query of map 1 is followed by D zeros,
+that of map 2 preceded by them. Each key and each value is read once (the reference implementation reads each twice, in
+four passes). Chunked prefill, prefix sharing, copy-on-write are those of any cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from attn_dispatch.attention import attention
+from attn_dispatch.backend import Backend, Plan
+from attn_dispatch.contract import (
+    Array,
+    AttentionMetadata,
+    AttentionSpec,
+    CacheGeometry,
+    CacheLayout,
+    KVCache,
+    register_layout,
+)
+from attn_dispatch.contract.arrays import library_of
+from attn_dispatch.contract.dtypes import dtype_name, numpy_dtype
+from attn_dispatch.errors import ArrayError, CacheError, SpecError
+from attn_dispatch.variants.choosing import choose_for, refusal
+from attn_dispatch.variants.pair_cache import PairCache
+from attn_dispatch.variants.rows import concatenate, module_of, new, put
+from attn_dispatch.variants.variant import refuse_fields
+
+__all__ = ["DIFFERENTIAL", "Differential", "Form", "reference_cache"]
+
+Form = Literal["one", "two", "four"]
+"""Passes: one over pairs of keys, two with values of both (Dv = 2D), four as the reference implementation."""
+
+DIFFERENTIAL = register_layout(CacheLayout("differential", (("pages", "K%2 2 N B K/2 D"),)))
+"""The reference implementation's cache, (2, 2, N, B, K/2, D): which of the pair, key or value, block, token, pair."""
+
+
+class Differential:
+    """A differential layer of a decoder.
+
+    Attributes:
+        spec: the layer as its user sees it: H query and K key/value heads of size D, both even.
+        backend: who runs the passes.
+        form: how it is computed: "one", "two" or "four" passes.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        lambda_full: float | npt.NDArray[np.float32],
+        lambda_init: float,
+        norm_weight: Array | None = None,
+        *,
+        norm_epsilon: float = 1e-5,
+        form: Form | None = None,
+        backend: str | Backend | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """Choose a backend and a form.
+
+        Args:
+            spec: a decoder.
+            lambda_full: lambda (`lambda_of` computes it), or one for each pair of heads, f32[H / 2].
+            lambda_init: what lambda began with in training; the output is scaled by 1 minus it.
+            norm_weight: f32[2D] of the RMS norm of each pair's output, of the library that q will be of (None: ones).
+            norm_epsilon: of that norm.
+            form: how to compute it (None: the first of one, two and four that the backend accepts).
+            backend: the one to use (strict); None: chosen.
+            k_scale: see `ad.attention`.
+            v_scale: see `ad.attention`.
+
+        Raises:
+            SpecError: odd heads, unequal head sizes, or a field that means nothing here.
+            NoBackendError: no backend runs it.
+        """
+        refuse_fields("Differential", spec, "alibi", "sinks", "returns_lse")
+        if (
+            spec.kind != "decoder"
+            or spec.num_heads % 2
+            or spec.num_kv_heads % 2
+            or spec.head_size != spec.value_head_size
+        ):
+            raise SpecError(
+                f"Differential: kind={spec.kind}, heads={spec.num_heads}/{spec.num_kv_heads}, head sizes "
+                f"{spec.head_size}/{spec.value_head_size}: needs a decoder with even numbers of heads of one size"
+            )
+        self.spec = spec
+        self.lambda_init, self.norm_weight, self.norm_epsilon = lambda_init, norm_weight, norm_epsilon
+        self._lambda = np.asarray(lambda_full, np.float64)
+        if self._lambda.shape not in ((), (spec.num_heads // 2,)):
+            raise SpecError(f"lambda_full has shape {self._lambda.shape}: one number, or one per pair of heads")
+        scaled = k_scale != 1.0 or v_scale != 1.0
+        forms: tuple[Form, ...] = ("one", "two", "four") if form is None else (form,)
+        choices = tuple(self.passes(spec, f)[0] for f in forms)
+        self.backend = choose_for("Differential", [choices], backend, scaled=scaled)
+        self.form: Form = next(f for f in forms if refusal(self.backend, self.passes(spec, f), scaled=scaled) is None)
+        self._attns = [
+            attention(one, self.backend, k_scale=k_scale, v_scale=v_scale) for one in self.passes(spec, self.form)
+        ]
+
+    @staticmethod
+    def passes(spec: AttentionSpec, form: Form) -> list[AttentionSpec]:
+        """Return the different specs of a form's passes."""
+        pairs = replace(spec, num_heads=spec.num_heads // 2, num_kv_heads=spec.num_kv_heads // 2)
+        wide = 2 * spec.head_size
+        if form == "one":
+            return [replace(spec, num_kv_heads=spec.num_kv_heads // 2, head_size=wide, value_head_size=wide)]
+        if form == "two":
+            return [replace(pairs, value_head_size=wide)]
+        return [pairs, replace(pairs, writes_kv=False)]
+
+    @staticmethod
+    def lambda_of(q1: Any, k1: Any, q2: Any, k2: Any, lambda_init: float) -> float:
+        """Return lambda of a layer's four learned vectors: `exp(q1 . k1) - exp(q2 . k2) + lambda_init`."""
+        first, second = (
+            float(np.dot(np.asarray(a, np.float64), np.asarray(b, np.float64))) for a, b in ((q1, k1), (q2, k2))
+        )
+        return math.exp(first) - math.exp(second) + lambda_init
+
+    @staticmethod
+    def lambda_init_of(layer: int) -> float:
+        """Return what the paper begins with in a layer, the first one being 1."""
+        return 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
+
+    def allocate(self, num_blocks: int, device: str | None = None) -> KVCache | PairCache:
+        """Return a zeroed cache for one layer: a `KVCache` of pairs (form "one"), or one for each side of the pairs."""
+        first = self._attns[0].allocate(num_blocks, device)
+        return first if self.form == "one" else PairCache(first, self._attns[0].allocate(num_blocks, device))
+
+    def plan(self, batch: AttentionMetadata) -> tuple[Plan, ...]:
+        """Prepare a step, once for all the layers of this spec and form; see `Attention.plan`."""
+        return tuple(attn.plan(batch) for attn in self._attns)
+
+    def run(
+        self, plan: tuple[Plan, ...], q: Array, k: Array | None, v: Array | None, cache: KVCache | PairCache
+    ) -> Array:
+        """Write the new keys and values, then attend.
+
+        Args:
+            plan: of this step.
+            q: [T, H, D], pairs striped.
+            k: [T, K, D], likewise, or None when the step writes nothing.
+            v: [T, K, D], likewise.
+            cache: the layer's.
+
+        Returns:
+            [T, H, D]: pair i's output, 2D wide, lies in heads 2i and 2i + 1.
+
+        Raises:
+            ArrayError, CacheError, PlanError: before anything has been written.
+        """
+        spec = self.spec
+        for name, array, heads in (("q", q, spec.num_heads), ("k", k, spec.num_kv_heads), ("v", v, spec.num_kv_heads)):
+            if array is not None and (len(array.shape) != 3 or tuple(array.shape[1:]) != (heads, spec.head_size)):
+                raise ArrayError(f"{name} has shape {tuple(array.shape)}, needs [T, {heads}, {spec.head_size}]")
+        if isinstance(cache, PairCache) == (self.form == "one"):
+            raise CacheError(f"a layer of form {self.form!r} takes the cache that its own allocate() makes")
+        by_pairs = [None if x is None else x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2]) for x in (q, k, v)]
+        if isinstance(cache, PairCache):
+            both = self._run_two if self.form == "two" else self._run_four
+            first, second = both(plan, by_pairs[0], by_pairs[1], by_pairs[2], cache)
+        else:
+            first, second = self._run_one(plan, by_pairs[0], by_pairs[1], by_pairs[2], cache)
+        return self._difference(first, second, q)
+
+    def _run_one(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: KVCache) -> tuple[Array, Array]:
+        """Return both maps' outputs, [T, H / 2, 2D] each; q, k and v are [T, pairs, 2, D]."""
+        tokens, pairs, _, size = q.shape
+        nothing = new(q, (tokens, pairs, 1, size))
+        rows = concatenate([concatenate([q[:, :, :1], nothing], 3), concatenate([nothing, q[:, :, 1:]], 3)], 2).reshape(
+            tokens, 2 * pairs, 2 * size
+        )
+        k, v = (None if x is None else x.reshape(x.shape[0], x.shape[1], 2 * size) for x in (k, v))
+        out = self._attns[0].run(plan[0], rows, k, v, cache).reshape(tokens, pairs, 2, 2 * size)
+        return out[:, :, 0], out[:, :, 1]
+
+    def _run_two(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: PairCache) -> tuple[Array, Array]:
+        size = q.shape[3]
+        values = None if v is None else v.reshape(v.shape[0], v.shape[1], 2 * size)
+        first, second = (
+            self._attns[0].run(plan[0], _half(q, i), _half(k, i), values, one) for i, one in enumerate(cache.caches)
+        )
+        return first, second
+
+    def _run_four(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: PairCache) -> tuple[Array, Array]:
+        writes, reads = self._attns
+        same = [writes.run(plan[0], _half(q, i), _half(k, i), _half(v, i), one) for i, one in enumerate(cache.caches)]
+        # Keys of one side with values of the other: everything has been written by now.
+        other = [reads.run(plan[1], _half(q, i), None, None, one) for i, one in enumerate(cache.crossed())]
+        return concatenate([same[0], other[0]], 2), concatenate([other[1], same[1]], 2)
+
+    def _difference(self, first: Array, second: Array, q: Array) -> Array:
+        """Return norm(first - lambda * second) * (1 - lambda_init) as [T, H, D], in q's type."""
+        wide = "float64" if self.spec.dtype == "float64" else "float32"
+        if self._lambda.shape:
+            weight = put(new(q, self._lambda.shape, wide), None, _like(self._lambda, q))[None, :, None]
+        else:
+            weight = float(self._lambda)
+        out = _cast(first, wide) - weight * _cast(second, wide)
+        scale = (1.0 - self.lambda_init) / module_of(q).sqrt((out * out).mean(-1)[..., None] + self.norm_epsilon)
+        out = out * scale
+        if self.norm_weight is not None:
+            out = out * _cast(self.norm_weight, wide)
+        return _cast(out, self.spec.dtype).reshape(q.shape)
+
+    def from_reference(self, array: Array) -> KVCache | PairCache:
+        """Return a new cache with the contents of the reference implementation's, [2, 2, N, B, K / 2, D]."""
+        key, value = DIFFERENTIAL.to_logical({"pages": array})
+        num_blocks, heads, size, width = key.shape
+        cache = self.allocate(num_blocks)
+        sides = [x.reshape(num_blocks, heads // 2, 2, size, width) for x in (key, value)]
+        wide_key, wide_value = (concatenate([x[:, :, 0], x[:, :, 1]], 3) for x in sides)
+        if isinstance(cache, KVCache):
+            cache.layout.put_logical(cache.arrays, wide_key, wide_value)
+            return cache
+        for i, one in enumerate(cache.caches):
+            values = wide_value if self.form == "two" else sides[1][:, :, i]
+            one.layout.put_logical(one.arrays, sides[0][:, :, i], values)
+        return cache
+
+    def __repr__(self) -> str:
+        return f"Differential({self.spec}, form={self.form!r}, backend={self.backend.name})"
+
+
+def reference_cache(array: Array, owner: Backend) -> KVCache:
+    """Return the reference implementation's cache [2, 2, N, B, K / 2, D] as a `KVCache` of K heads, without a copy.
+
+    Its `gather` and `to_layout` give the keys and values in the usual orders.
+    """
+    _, _, num_blocks, size, pairs, width = array.shape
+    geometry = CacheGeometry(2 * pairs, width, width, size, dtype_name(array.dtype))
+    return KVCache(owner, geometry, DIFFERENTIAL, num_blocks, {"pages": array})
+
+
+def _half(x: Array, side: int) -> Array:
+    """Return one side of the pairs of [T, pairs, 2, D], its numbers next to each other."""
+    if x is None:
+        return None
+    picked = x[:, :, side]
+    return picked.contiguous() if library_of(picked) == "torch" else module_of(picked).ascontiguousarray(picked)
+
+
+def _cast(x: Array, dtype: str) -> Array:
+    return x.to(getattr(module_of(x), dtype)) if library_of(x) == "torch" else x.astype(numpy_dtype(dtype))
+
+
+def _like(x: npt.NDArray[np.float64], q: Array) -> Array:
+    return module_of(q).asarray(x)

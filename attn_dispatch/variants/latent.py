@@ -1,0 +1,164 @@
+"""`Latent`: multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434), in its absorbed form.
+
+Keys and values of all heads are projections of one latent vector per token. With the projections moved into the queries
+and the output, what is cached and attended to is that vector and a rotary part: one kv head, D = latent + rotary, and
+the values are the keys' first `latent` columns. So they are one array, of which the value array is a view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from attn_dispatch.attention import Attention, attention
+from attn_dispatch.backend import Backend, Plan
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
+from attn_dispatch.contract.arrays import as_library, as_numpy, permute
+from attn_dispatch.contract.dtypes import numpy_dtype
+from attn_dispatch.errors import ArrayError, SpecError
+from attn_dispatch.variants.choosing import choose_for, refusal
+from attn_dispatch.variants.rows import concatenate
+
+__all__ = ["Latent"]
+
+
+class Latent:
+    """An MLA layer over a cache that holds each token's latent vector once.
+
+    Attributes:
+        spec: what the backend runs: one kv head, `head_size` latent + rotary.
+        backend: who runs it.
+        latent_size, rotary_size: 512 and 64 in DeepSeek's models.
+        values_are: "view" (of the keys' first columns), or "alias": where a backend cannot read such a view, the whole
+            keys are given as values, and the columns beyond `latent_size` of the result are dropped.
+        note: why not "view", where it was refused.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        latent_size: int = 512,
+        rotary_size: int = 64,
+        *,
+        scale: float,
+        dtype: str = "bfloat16",
+        block_size: int = 32,
+        backend: str | Backend | None = None,
+    ) -> None:
+        """Choose a backend for the layer.
+
+        Args:
+            num_heads: query heads, H.
+            latent_size: the compressed vector's.
+            rotary_size: of the part with positions, shared by all heads.
+            scale: 1 / sqrt(of a head's size before absorption), which the latent's does not tell.
+            dtype: of queries, cache and output.
+            block_size: B.
+            backend: the one to use (strict); None: chosen.
+
+        Raises:
+            SpecError: sizes that make no sense.
+            NoBackendError: no backend runs either form.
+        """
+        if latent_size < 1 or rotary_size < 0:
+            raise SpecError(f"latent_size={latent_size}, rotary_size={rotary_size} must be positive")
+        self.latent_size, self.rotary_size = latent_size, rotary_size
+        width = latent_size + rotary_size
+        view = AttentionSpec(
+            num_heads=num_heads,
+            num_kv_heads=1,
+            head_size=width,
+            value_head_size=latent_size,
+            dtype=dtype,
+            block_size=block_size,
+            scale=scale,
+        )
+        alias = replace(view, value_head_size=width)
+        self.backend = choose_for("Latent", [(view, alias)], backend)
+        no = refusal(self.backend, [view])
+        self.note = "" if no is None else str(no)
+        self.spec, self._attn = view, None if no else attention(view, self.backend)
+        if self._attn is not None:
+            self.note = self._trial(self._attn)
+        self.values_are = "alias" if self.note else "view"
+        if self.note or self._attn is None:
+            self.spec, self._attn = alias, attention(alias, self.backend)
+
+    def _trial(self, attn: Attention) -> str:
+        """Return why this backend cannot read values that are a view of the keys; nothing if it can.
+
+        No capability says so, and wrong strides may go unnoticed: two tokens are computed both ways, once per layer.
+        """
+        rng = np.random.default_rng(0)
+        size, dtype = self.spec.block_size, numpy_dtype(self.spec.dtype)
+        tokens = size + 1
+        batch = AttentionMetadata.build([tokens], [tokens], [[2, 0]], size)
+        rows = rng.standard_normal((tokens, 1, self.spec.head_size)).astype(dtype)
+        q = rng.standard_normal((tokens, self.spec.num_heads, self.spec.head_size)).astype(dtype)
+        results = []
+        try:
+            for cache in (attn.allocate(3), self._joined(attn, 3, None)):
+                library = self.backend.capabilities.libraries[0]
+                values = rows[:, :, : self.latent_size].copy()
+                own_q, own_k, own_v = (as_library(x, library) for x in (q, rows, values))
+                found = attn.run(attn.plan(batch), own_q, own_k, own_v, cache)
+                results.append(as_numpy(found).astype(np.float64))
+        except Exception as error:  # somebody else's code: whatever it raises is the reason, and is kept
+            return f"{type(error).__name__}: {error}"
+        if not np.array_equal(results[0], results[1]):
+            return "its result differs when the values are a view of the keys"
+        return ""
+
+    def _joined(self, attn: Attention, num_blocks: int, device: str | None) -> KVCache:
+        """Return a cache whose value array is the key array, or its first columns."""
+        made = attn.allocate(num_blocks, device)
+        axes = dict(made.layout.arrays)
+        if set(made.arrays) != {"key", "value"} or any(not a.endswith(" D") for a in axes.values()):
+            raise SpecError(f"layout {made.layout.name} does not keep a head's numbers together, keys and values apart")
+        key = made.arrays["key"]
+        value = key if attn.spec.value_head_size == attn.spec.head_size else key[..., : self.latent_size]
+        return KVCache(made.owner, made.geometry, made.layout, num_blocks, {"key": key, "value": value}, made.device)
+
+    def allocate(self, num_blocks: int, device: str | None = None) -> KVCache:
+        """Return a zeroed cache: one vector of `latent_size + rotary_size` numbers per token."""
+        assert self._attn is not None
+        return self._joined(self._attn, num_blocks, device)
+
+    def plan(self, batch: AttentionMetadata) -> Plan:
+        """Prepare a step; see `Attention.plan`."""
+        assert self._attn is not None
+        return self._attn.plan(batch)
+
+    def run(self, plan: Plan, q: Array, latent: Array, rotary: Array | None, cache: KVCache) -> Array:
+        """Write the new tokens, then attend.
+
+        Args:
+            plan: of this step.
+            q: [T, H, latent + rotary]: the key projection's transpose applied to each head's query (`absorb`), then its
+                rotary part.
+            latent: [T, latent], normalised, as it is cached.
+            rotary: [T, rotary], turned to its positions (None when `rotary_size` is 0).
+            cache: the layer's.
+
+        Returns:
+            [T, H, latent], which the value projection makes a head's output of.
+        """
+        assert self._attn is not None
+        if (rotary is None) != (self.rotary_size == 0):
+            raise ArrayError(
+                f"rotary_size={self.rotary_size}: rotary {'is missing' if rotary is None else 'was given'}"
+            )
+        joined = latent if rotary is None else concatenate([latent, rotary], 1)
+        row = joined[:, None, :]
+        value = row if self.values_are == "alias" else latent[:, None, :]
+        out = self._attn.run(plan, q, row, value, cache)
+        return out[..., : self.latent_size]
+
+    @staticmethod
+    def absorb(q: Array, projection: Array) -> Array:
+        """Return queries in latent space, [T, H, latent], of q [T, H, d] and the key projection [H, d, latent]."""
+        return permute(permute(q, (1, 0, 2)) @ projection, (1, 0, 2))
+
+    def __repr__(self) -> str:
+        return f"Latent({self.spec}, backend={self.backend.name}, values_are={self.values_are!r})"

@@ -1,0 +1,148 @@
+"""`SplitKV`: a long context in parts that can be computed side by side (FlashDecoding).
+
+One decode with few heads leaves most of a processor idle. Here its context is cut into parts, each a sequence of its
+own (so that the backend's own parallelism over sequences applies), and the partial results are merged by their LSE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from attn_dispatch.attention import attention
+from attn_dispatch.backend import Backend
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
+from attn_dispatch.errors import MetadataError, SpecError
+from attn_dispatch.merge import merge_states
+from attn_dispatch.variants.choosing import choose_for
+from attn_dispatch.variants.pieces import reading, shifted
+from attn_dispatch.variants.rows import concatenate, put
+from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
+
+__all__ = ["SplitKV", "SplitPlan"]
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPlan(VariantPlan):
+    """A step in parts.
+
+    Attributes:
+        parts: of the longest context, the last one apart.
+    """
+
+    parts: int = 0
+
+
+class SplitKV(Variant):
+    """A decoder layer that attends to its context in parts.
+
+    Attributes:
+        part_blocks: blocks of a part.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        part_blocks: int,
+        backend: str | Backend | None = None,
+        *,
+        sinks: Array | None = None,
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> None:
+        """Choose a backend for the layer.
+
+        Args:
+            spec: a causal decoder without a window.
+            part_blocks: blocks of a part, 1 or more.
+            backend: the one to use (strict); None: chosen. It has to return the log-sum-exp.
+            sinks: f32[H], with `spec.sinks`.
+            k_scale: see `ad.attention`.
+            v_scale: see `ad.attention`.
+
+        Raises:
+            SpecError: a field that means nothing here, or no blocks.
+            NoBackendError: no backend runs the passes.
+        """
+        self.spec = spec
+        refuse_fields("SplitKV", replace(spec, kind="decoder"), "window", "alibi", "causal")
+        if part_blocks < 1:
+            raise SpecError(f"part_blocks={part_blocks} must be 1 or more")
+        self.part_blocks = part_blocks
+        last = replace(spec, returns_lse=True)
+        part = replace(last, kind="cross", causal=False, sinks=False, writes_kv=False)
+        scaled = k_scale != 1.0 or v_scale != 1.0
+        self.backend = choose_for("SplitKV", [last, part], backend, scaled=scaled)
+        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
+        self._last = attention(last, self.backend, sinks=sinks, **scales)
+        self._part = attention(part, self.backend, **scales)
+        self._cache_attn = self._last
+
+    def plan(self, batch: AttentionMetadata) -> SplitPlan:
+        """Prepare a step.
+
+        Raises:
+            MetadataError: the batch has another block size.
+        """
+        spec, view = self.spec, batch.view("decoder")
+        size = spec.block_size
+        if batch.block_size != size:
+            raise MetadataError(f"the batch has block_size={batch.block_size}, the layer {size}")
+        table, new = view.pages.block_table, view.query_lens
+        context = np.maximum(view.kv_lens - new, 0).astype(np.int64)
+        # The last part has the new tokens and is never empty; the others are of full blocks before them.
+        parts = np.maximum(-(-context // (size * self.part_blocks)) - 1, 0)
+        begun = parts * self.part_blocks
+        every = np.arange(view.num_seqs)
+        lens = (view.kv_lens - begun * size).astype(np.int32)
+        own = AttentionMetadata(
+            query_start_loc=view.query_start_loc,
+            seq_lens=lens,
+            block_table=shifted(table, every, begun, -(-lens // size)),
+            slot_mapping=view.pages.slot_mapping,
+            block_size=size,
+        )
+        passes = [Pass(self._last, self._last.plan(own), writes=True)]
+        most = int(parts.max(initial=0))
+        if most:
+            # Part i of every sequence, then part i + 1: each part's rows are all the rows, in order.
+            number = np.repeat(np.arange(most), view.num_seqs)
+            sequence = np.tile(every, most)
+            there = number < parts[sequence]
+            blocks = np.where(there, self.part_blocks, 0)
+            pages = shifted(table, sequence, number * self.part_blocks, blocks)
+            together = reading(np.tile(new, most), blocks * size, pages, size, everything=True)
+            passes.append(Pass(self._part, self._part.plan(together)))
+        return SplitPlan(
+            spec=spec,
+            num_tokens=view.num_tokens,
+            groups=(Group(tuple(passes)),),
+            highest_block=view.pages.highest_block,
+            parts=most,
+        )
+
+    def _attend(
+        self,
+        plan: VariantPlan,
+        queries: Sequence[Array],
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache,
+        out: Array | None,
+        return_lse: bool,
+    ) -> Any:
+        assert isinstance(plan, SplitPlan)
+        (q,), passes = queries, plan.groups[0].passes
+        states = [passes[0].attn.run(passes[0].plan, q, k, v, cache, return_lse=True)]
+        if plan.parts:
+            found, lse = passes[1].attn.run(
+                passes[1].plan, concatenate([q] * plan.parts, 0), None, None, cache, return_lse=True
+            )
+            tokens = plan.num_tokens
+            states += [(found[i : i + tokens], lse[i : i + tokens]) for i in range(0, plan.parts * tokens, tokens)]
+        result, total = merge_states(states)
+        result = result if out is None else put(out, None, result)
+        return (result, total) if return_lse else result
