@@ -2,8 +2,8 @@
 
 The folder is `ATTN_DISPATCH_CACHE_DIR`, else the user's cache folder. A file holds one kernel; its name is a hash of
 all that its code depends on (this package's source, Numba, llvmlite, Python, the CPU and its flags), so that nothing is
-ever overwritten by something different: two processes that compile at once write the same file, each in one rename. A folder
-that cannot be read or written, and a file that is damaged, cost a compilation and nothing else.
+ever overwritten by something different: two processes that compile at once write the same file, each in one rename. A
+folder that cannot be read or written, and a file that is damaged, cost a compilation and nothing else.
 """
 
 from __future__ import annotations

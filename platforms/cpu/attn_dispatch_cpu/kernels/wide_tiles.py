@@ -1,9 +1,9 @@
 """Register tiles for many query rows (prefill): a lane is a query row.
 
 Both products have one shape, `out[m][row] += sum over k of a[m][k] * b[k][row]`: an element of `a` is spread over
-the lanes and multiplied with vectors of rows. For scores m is a token, k the head size; for values m is a column, k a token.
-On a CPU with the bf16 dot product one k is a pair of bf16; elsewhere one f32. No sum over lanes, and softmax runs per
-lane.
+the lanes and multiplied with vectors of rows. For scores m is a token, k the head size; for values m is a column, k a
+token. On a CPU with the bf16 dot product one k is a pair of bf16; elsewhere one f32. No sum over lanes, and softmax
+runs per lane.
 """
 
 from __future__ import annotations
