@@ -26,7 +26,7 @@ import torch
 from attn_dispatch.backend import Plan
 from attn_dispatch.contract import Array, KVCache, LayerParameters
 from attn_dispatch.contract.dtypes import FINITE_MAX
-from attn_dispatch.errors import CacheError
+from attn_dispatch.errors import ArrayError, CacheError
 from attn_dispatch_ipex.steps import OneTokenStep, Rows, Steps, VarlenStep, cut, direct_pages, route
 
 __all__ = ["CpuPlan", "bits", "run", "zeros"]
@@ -160,6 +160,8 @@ def run(
 ) -> Array:
     """Write the new keys and values, then attend. Arguments as in `Backend.run`."""
     spec = plan.spec
+    if q.device.type != "cpu":
+        raise ArrayError(f"q is on {q.device}: this backend computes on the CPU. Give it q.cpu(), or use torch/sdpa")
     if out is None:
         out = torch.empty((plan.num_tokens, spec.num_heads, spec.value_head_size), dtype=q.dtype)
     if cache is not None:

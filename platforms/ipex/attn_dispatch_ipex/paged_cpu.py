@@ -65,7 +65,7 @@ class PagedCpuBackend(Backend):
         if no:
             return self.refuse(*no)
         if not ops.one_token:
-            return self.accept("decodes run through the prefill op, which is 2 to 7 times slower at them")
+            return self.accept("decodes run through the prefill op, which is slower at them")
         if not ops.varlen:
             return self.accept("prompts run token by token through the decode op")
         return self.accept()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attn_dispatch as ad
-from attn_dispatch.errors import BackendRefusedError, CacheError
+from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError
 
 NAME = "ipex/paged-cpu"
 
@@ -180,6 +180,25 @@ def test_slots_beyond_32_bits_are_refused() -> None:
     attn.plan(ad.AttentionMetadata.build([1], [1], [[2**26 - 1]]))
     with pytest.raises(CacheError, match=r"do not fit IPEX's 32-bit slots. Use blocks below 67108864"):
         attn.plan(ad.AttentionMetadata.build([1], [1], [[2**26]]))
+
+
+def test_other_devices_are_refused() -> None:
+    attn = ad.attention(spec(), NAME)
+    plan, cache = attn.plan(ad.AttentionMetadata.build([3], [3], [[0]])), attn.allocate(2)
+    with pytest.raises(ArrayError, match="q is on meta"):
+        attn.run(plan, *[x.to("meta") for x in inputs(spec(), 3)], cache)
+    with pytest.raises(CacheError, match="device='meta'"):
+        attn.allocate(2, "meta")
+
+
+def test_inputs_of_a_model_that_is_being_trained() -> None:
+    layer = spec()
+    attn = ad.attention(layer, NAME)
+    plan = attn.plan(ad.AttentionMetadata.build([3], [3], [[0]]))
+    arrays = inputs(layer, 3)
+    expected = attn.run(plan, *arrays, attn.allocate(2))
+    found = attn.run(plan, *[x.clone().requires_grad_() for x in arrays], attn.allocate(2))
+    assert torch.equal(found.detach(), expected)
 
 
 def test_nothing_but_rows_that_attend_to_nothing() -> None:
