@@ -81,12 +81,11 @@ def measure(batch: int, context: int, arguments: argparse.Namespace) -> dict[str
     out = np.empty_like(q)
 
     # The kernel alone, as vLLM's is called alone: planned, its new token already written.
-    runner = Runner(plan, attn.parameters, attn.backend.scratch)
+    runner = Runner(plan, attn.parameters)
     runner.give(q, out, None)
-    runner.give_cache(cache.arrays_as("numpy"))
-    work = plan.work[True]
+    runner.give_cache(cache)
     rivals: dict[str, Callable[[], Any]] = {
-        "kernel": lambda: runner.attend(work),
+        "kernel": runner.attend,
         "ours": lambda: attn.run(plan, q, k, v, cache, out),
     }
     if arguments.vllm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,6 +31,8 @@ class NumbaPlan(Plan):
     """A step cut into work, for each way that its keys can lie (in a cache, or for an encoder one after the other)."""
 
     threads: int
+    template: npt.NDArray[np.int64]
+    kept: list[npt.NDArray[Any]]
     work: dict[bool, list[Work]] = field(default_factory=dict)
 
 
@@ -42,7 +43,6 @@ class NumbaBackend(Backend):
 
     def __init__(self, name: str = "cpu/numba") -> None:
         super().__init__(name)
-        self._local = threading.local()
 
     def probe(self) -> Availability:
         """Numba is a dependency of this distribution: what could be missing is its wheel for this machine."""
@@ -81,19 +81,15 @@ class NumbaBackend(Backend):
 
     def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> NumbaPlan:
         """Cut the step into work for the threads."""
+        from attn_dispatch_cpu.running import prepare, work_of
         from attn_dispatch_cpu.threads import num_threads
 
-        plan = NumbaPlan(spec=spec, view=metadata.view(spec.kind), threads=num_threads())
-        if plan.view.pages.exist:
-            self._work(plan, in_blocks=True)
+        view = metadata.view(spec.kind)
+        template, kept = prepare(spec, view)
+        plan = NumbaPlan(spec=spec, view=view, threads=num_threads(), template=template, kept=kept)
+        if view.pages.exist:
+            work_of(plan, in_blocks=True)
         return plan
-
-    def _work(self, plan: NumbaPlan, in_blocks: bool) -> list[Work]:
-        if in_blocks not in plan.work:
-            from attn_dispatch_cpu.planning import cut
-
-            plan.work[in_blocks] = cut(plan.spec, plan.view, plan.threads, in_blocks)
-        return plan.work[in_blocks]
 
     def run(
         self,
@@ -117,27 +113,20 @@ class NumbaBackend(Backend):
             result = np.empty((plan.num_tokens, spec.num_heads, spec.value_head_size), q.dtype)
         target = result if result.strides[-1] == result.itemsize else np.empty(result.shape, result.dtype)
         lse = np.empty((plan.num_tokens, spec.num_heads), np.float32) if return_lse else None
-        runner = Runner(plan, layer, self.scratch)
+        runner = Runner(plan, layer)
         runner.give(q, target, lse)
         if cache is not None:
-            runner.give_cache(cache.arrays_as("numpy"))
+            runner.give_cache(cache)
             if k is not None and v is not None:
                 runner.write(k, v)
         else:
             assert k is not None
             assert v is not None
             runner.give_rows(k, v)
-        runner.attend(self._work(plan, cache is not None))
+        runner.attend()
         if target is not result:
             result[...] = target
         return result if lse is None else (result, lse)
-
-    def scratch(self, size: int) -> npt.NDArray[Any]:
-        """Return memory of at least this many bytes, this thread's own."""
-        memory: npt.NDArray[Any] | None = getattr(self._local, "memory", None)
-        if memory is None or memory.size < size:
-            memory = self._local.memory = np.empty(size, np.uint8)
-        return memory
 
 
 __all__ = ["HND_SCALED", "NumbaBackend", "NumbaPlan"]

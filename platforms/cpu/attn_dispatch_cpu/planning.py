@@ -28,7 +28,7 @@ MIN_HEADS = 4  # kv heads whose rows lie side by side; fewer make runs that the 
 SCRATCH_LIMIT = 1 << 18  # bytes of accumulators and queries that stay in the second-level cache
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Work:
     """One kernel's share of a step.
 
@@ -40,6 +40,7 @@ class Work:
         partial_rows: rows of the largest of them.
         heads, rows: the largest item's kv heads and rows, for the size of the scratch.
         threads: how many are worth waking.
+        scratch_bytes: of one worker.
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class Work:
     heads: int
     rows: int
     threads: int
+    scratch_bytes: int = 0
 
 
 def cut(spec: AttentionSpec, view: BatchView, threads: int, in_blocks: bool) -> list[Work]:
