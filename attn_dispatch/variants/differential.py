@@ -6,7 +6,9 @@ side by side, 2D wide. Its output is `norm((map_1 - lambda * map_2) values) * (1
 A cache keeps a pair's keys side by side as it does its values: [N, K/2, B, 2D], the very bytes of an ordinary cache
 with NHD order. Over it, one ordinary pass computes both maps of all pairs: the query of map 1 is followed by D zeros,
 that of map 2 preceded by them. Each key and each value is read once (the reference implementation reads each twice, in
-four passes). Chunked prefill, prefix sharing, copy-on-write are those of any cache.
+four passes): that is what a decode costs. A prefill costs arithmetic, and half of the scores' is with zeros: where a
+backend reads views of a cache, steps of many tokens are two passes over the same cache, one for each half of the keys.
+Chunked prefill, prefix sharing, copy-on-write are those of any cache.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.attention import attention
+from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Backend, Plan
 from attn_dispatch.contract import (
     Array,
@@ -35,6 +37,7 @@ from attn_dispatch.errors import ArrayError, CacheError, SpecError
 from attn_dispatch.variants.choosing import choose_for, refusal
 from attn_dispatch.variants.pair_cache import PairCache
 from attn_dispatch.variants.rows import concatenate, module_of, new, put
+from attn_dispatch.variants.strided import key_and_value, why_not
 from attn_dispatch.variants.variant import refuse_fields
 
 __all__ = ["DIFFERENTIAL", "Differential", "Form", "reference_cache"]
@@ -44,6 +47,10 @@ Form = Literal["one", "two", "four"]
 
 DIFFERENTIAL = register_layout(CacheLayout("differential", (("pages", "K%2 2 N B K/2 D"),)))
 """The reference implementation's cache, (2, 2, N, B, K/2, D): which of the pair, key or value, block, token, pair."""
+
+_MANY_TOKENS = 8
+"""New tokens per sequence from which on arithmetic costs more than reading the cache does."""
+_KEPT = "attn_dispatch.variants.differential"
 
 
 class Differential:
@@ -106,9 +113,13 @@ class Differential:
         choices = tuple(self.passes(spec, f)[0] for f in forms)
         self.backend = choose_for("Differential", [choices], backend, scaled=scaled)
         self.form: Form = next(f for f in forms if refusal(self.backend, self.passes(spec, f), scaled=scaled) is None)
-        self._attns = [
-            attention(one, self.backend, k_scale=k_scale, v_scale=v_scale) for one in self.passes(spec, self.form)
-        ]
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        self._attns = [attention(one, self.backend, **scales) for one in self.passes(spec, self.form)]
+        self._halves: Attention | None = None
+        if self.form == "one" and refusal(self.backend, self.passes(spec, "two"), scaled=scaled) is None:
+            halves = attention(self.passes(spec, "two")[0], self.backend, **scales)
+            if not why_not(halves, lambda num_blocks: self._half_cache(self._attns[0].allocate(num_blocks), halves, 1)):
+                self._halves = halves
 
     @staticmethod
     def passes(spec: AttentionSpec, form: Form) -> list[AttentionSpec]:
@@ -141,7 +152,18 @@ class Differential:
 
     def plan(self, batch: AttentionMetadata) -> tuple[Plan, ...]:
         """Prepare a step, once for all the layers of this spec and form; see `Attention.plan`."""
+        if self._halves is not None and batch.num_tokens >= _MANY_TOKENS * batch.num_seqs:
+            return (self._halves.plan(batch),)
         return tuple(attn.plan(batch) for attn in self._attns)
+
+    def _half_cache(self, cache: KVCache, halves: Attention, side: int) -> KVCache | None:
+        """Return the cache of pairs with one half of its keys, as a view; None where its layout has no such view."""
+        arrays = key_and_value(cache)
+        if arrays is None or self.backend.layout(halves.spec) != cache.layout:
+            return None
+        size = self.spec.head_size
+        views = {"key": arrays[0][..., side * size : (side + 1) * size], "value": arrays[1]}
+        return KVCache(cache.owner, halves.spec.geometry, cache.layout, cache.num_blocks, views, cache.device)
 
     def run(
         self, plan: tuple[Plan, ...], q: Array, k: Array | None, v: Array | None, cache: KVCache | PairCache
@@ -168,8 +190,10 @@ class Differential:
         if isinstance(cache, PairCache) == (self.form == "one"):
             raise CacheError(f"a layer of form {self.form!r} takes the cache that its own allocate() makes")
         by_pairs = [None if x is None else x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2]) for x in (q, k, v)]
+        if isinstance(cache, KVCache) and self._halves is not None and plan[0].spec == self._halves.spec:
+            cache = self._halved(cache, self._halves)
         if isinstance(cache, PairCache):
-            both = self._run_two if self.form == "two" else self._run_four
+            both = self._run_four if self.form == "four" else self._run_two
             first, second = both(plan, by_pairs[0], by_pairs[1], by_pairs[2], cache)
         else:
             first, second = self._run_one(plan, by_pairs[0], by_pairs[1], by_pairs[2], cache)
@@ -187,12 +211,20 @@ class Differential:
         return out[:, :, 0], out[:, :, 1]
 
     def _run_two(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: PairCache) -> tuple[Array, Array]:
-        size = q.shape[3]
+        attn, size = self._halves or self._attns[0], q.shape[3]
         values = None if v is None else v.reshape(v.shape[0], v.shape[1], 2 * size)
-        first, second = (
-            self._attns[0].run(plan[0], _half(q, i), _half(k, i), values, one) for i, one in enumerate(cache.caches)
-        )
+        first, second = (attn.run(plan[0], _half(q, i), _half(k, i), values, one) for i, one in enumerate(cache.caches))
         return first, second
+
+    def _halved(self, cache: KVCache, halves: Attention) -> PairCache:
+        """Return both halves of a cache of pairs, made once."""
+        kept: Any = cache.bound.get(_KEPT)
+        if kept is None or any(kept[0][name] is not array for name, array in cache.arrays.items()):
+            first, second = (self._half_cache(cache, halves, side) for side in (0, 1))
+            assert first is not None  # it was tried
+            assert second is not None
+            kept = cache.bound[_KEPT] = (dict(cache.arrays), PairCache(first, second))
+        return kept[1]  # type: ignore[no-any-return]
 
     def _run_four(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: PairCache) -> tuple[Array, Array]:
         writes, reads = self._attns

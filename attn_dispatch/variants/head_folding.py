@@ -20,7 +20,7 @@ _KEPT = "attn_dispatch.variants.head_folding"
 
 
 def folded_spec(spec: AttentionSpec, patterns: int) -> AttentionSpec:
-    """Return what a folded sequence needs: the query heads of one kv head (K patterns), or a single one (H patterns)."""
+    """Return what a folded sequence needs: the query heads of a kv head (K patterns), or a single one (H patterns)."""
     if patterns not in (spec.num_kv_heads, spec.num_heads):
         raise SpecError(
             f"{patterns} patterns: give one for all heads, or one for each of the {spec.num_kv_heads} key/value or "

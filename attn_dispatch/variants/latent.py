@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Backend, Plan
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
-from attn_dispatch.contract.arrays import as_library, as_numpy, permute
-from attn_dispatch.contract.dtypes import numpy_dtype
+from attn_dispatch.contract.arrays import permute
 from attn_dispatch.errors import ArrayError, SpecError
 from attn_dispatch.variants.choosing import choose_for, refusal
 from attn_dispatch.variants.rows import concatenate
+from attn_dispatch.variants.strided import key_and_value, why_not
 
 __all__ = ["Latent"]
 
@@ -77,57 +75,34 @@ class Latent:
         alias = replace(view, value_head_size=width)
         self.backend = choose_for("Latent", [(view, alias)], backend)
         no = refusal(self.backend, [view])
-        self.note = "" if no is None else str(no)
-        self.spec, self._attn = view, None if no else attention(view, self.backend)
-        if self._attn is not None:
-            self.note = self._trial(self._attn)
+        self.note = str(no) if no is not None else self._why_not(attention(view, self.backend))
         self.values_are = "alias" if self.note else "view"
-        if self.note or self._attn is None:
-            self.spec, self._attn = alias, attention(alias, self.backend)
+        self._attn = attention(alias if self.note else view, self.backend)
+        self.spec = self._attn.spec
+        if self.note and (worse := self._why_not(self._attn)):
+            raise SpecError(f"{self.backend.name} cannot read values that are its keys: {worse}")
 
-    def _trial(self, attn: Attention) -> str:
-        """Return why this backend cannot read values that are a view of the keys; nothing if it can.
+    def _why_not(self, attn: Attention) -> str:
+        return why_not(attn, lambda num_blocks: self._joined(attn, num_blocks))
 
-        No capability says so, and wrong strides may go unnoticed: two tokens are computed both ways, once per layer.
-        """
-        rng = np.random.default_rng(0)
-        size, dtype = self.spec.block_size, numpy_dtype(self.spec.dtype)
-        tokens = size + 1
-        batch = AttentionMetadata.build([tokens], [tokens], [[2, 0]], size)
-        rows = rng.standard_normal((tokens, 1, self.spec.head_size)).astype(dtype)
-        q = rng.standard_normal((tokens, self.spec.num_heads, self.spec.head_size)).astype(dtype)
-        results = []
-        try:
-            for cache in (attn.allocate(3), self._joined(attn, 3, None)):
-                library = self.backend.capabilities.libraries[0]
-                values = rows[:, :, : self.latent_size].copy()
-                own_q, own_k, own_v = (as_library(x, library) for x in (q, rows, values))
-                found = attn.run(attn.plan(batch), own_q, own_k, own_v, cache)
-                results.append(as_numpy(found).astype(np.float64))
-        except Exception as error:  # somebody else's code: whatever it raises is the reason, and is kept
-            return f"{type(error).__name__}: {error}"
-        if not np.array_equal(results[0], results[1]):
-            return "its result differs when the values are a view of the keys"
-        return ""
-
-    def _joined(self, attn: Attention, num_blocks: int, device: str | None) -> KVCache:
+    def _joined(self, attn: Attention, num_blocks: int, device: str | None = None) -> KVCache | None:
         """Return a cache whose value array is the key array, or its first columns."""
         made = attn.allocate(num_blocks, device)
-        axes = dict(made.layout.arrays)
-        if set(made.arrays) != {"key", "value"} or any(not a.endswith(" D") for a in axes.values()):
-            raise SpecError(f"layout {made.layout.name} does not keep a head's numbers together, keys and values apart")
-        key = made.arrays["key"]
+        arrays = key_and_value(made)
+        if arrays is None:
+            return None
+        key = arrays[0]
         value = key if attn.spec.value_head_size == attn.spec.head_size else key[..., : self.latent_size]
         return KVCache(made.owner, made.geometry, made.layout, num_blocks, {"key": key, "value": value}, made.device)
 
     def allocate(self, num_blocks: int, device: str | None = None) -> KVCache:
         """Return a zeroed cache: one vector of `latent_size + rotary_size` numbers per token."""
-        assert self._attn is not None
-        return self._joined(self._attn, num_blocks, device)
+        joined = self._joined(self._attn, num_blocks, device)
+        assert joined is not None  # it was tried
+        return joined
 
     def plan(self, batch: AttentionMetadata) -> Plan:
         """Prepare a step; see `Attention.plan`."""
-        assert self._attn is not None
         return self._attn.plan(batch)
 
     def run(self, plan: Plan, q: Array, latent: Array, rotary: Array | None, cache: KVCache) -> Array:
@@ -144,7 +119,6 @@ class Latent:
         Returns:
             [T, H, latent], which the value projection makes a head's output of.
         """
-        assert self._attn is not None
         if (rotary is None) != (self.rotary_size == 0):
             raise ArrayError(
                 f"rotary_size={self.rotary_size}: rotary {'is missing' if rotary is None else 'was given'}"

@@ -91,6 +91,6 @@ class SharingMap:
         return len(set(self.sources))
 
     def caches(self, make: Callable[[int], T]) -> list[T]:
-        """Return one cache per layer: made, by its number, for one that has its own; the same object for who reads it."""
+        """Return one cache per layer: made, by number, for those that own one; the same object for who reads it."""
         own = {layer: make(layer) for layer in sorted(set(self.sources))}
         return [own[source] for source in self.sources]

@@ -1,6 +1,6 @@
 """Each variant as its paper has it: dense, float64, token by token. Shares no code with the implementations.
 
-`rounded` is the same in plain arithmetic of a type: every intermediate result is rounded to it (the 2x rule's yardstick).
+With `to=rounded_to(type)` every intermediate result is rounded, as in plain arithmetic of that type: the 2x yardstick.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def longformer_seen(n: int, m: int, left: int, right: int | None, global_tokens:
 
 
 def differential(
-    q: Array, k: Array, v: Array, scale: float, seen: Array, lam: Array | float, lambda_init: float, weight: Array | None,
-    epsilon: float = 1e-5, to: Round = exact,
+    q: Array, k: Array, v: Array, scale: float, seen: Array, lam: Array | float, lambda_init: float,
+    weight: Array | None, epsilon: float = 1e-5, to: Round = exact,
 ) -> Array:  # fmt: skip
     """Equations 1 to 3: per pair of heads, (softmax(Q1 K1') - lambda softmax(Q2 K2')) V, normalised. [n, H, D]."""
     n, heads, size = q.shape

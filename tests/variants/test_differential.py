@@ -98,6 +98,21 @@ def test_a_window_a_scale_and_a_lambda_for_each_pair(backend: str) -> None:
     assert not agrees(found, other, other, "float32")
 
 
+def test_steps_of_many_tokens_compute_no_zeros() -> None:
+    """Over the same cache: two passes of half the score work, where the backend reads views of it."""
+    spec = spec_of()
+    layer = Differential(spec, LAMBDA, LAMBDA_INIT, backend="reference")
+    assert layer.form == "one"
+    one, two = (layer.plan(ad.AttentionMetadata.build([n], [20], [[0]], 32))[0].spec for n in (1, 20))
+    assert (one, two) == (Differential.passes(spec, "one")[0], Differential.passes(spec, "two")[0])
+    cache = layer.allocate(1)
+    q, k = np.ones((20, 8, 32), np.float32), np.ones((20, 4, 32), np.float32)
+    layer.run(layer.plan(ad.AttentionMetadata.build([20], [20], [[0]], 32)), q, k, k, cache)
+    (kept,) = [found for name, found in cache.bound.items() if "differential" in name]
+    assert all(np.shares_memory(half.key, cache.key) for half in kept[1].caches)
+    assert (cache.key[0, :, :20] == 1).all()
+
+
 def test_lambda() -> None:
     rng = np.random.default_rng(0)
     q1, k1, q2, k2 = rng.standard_normal((4, 32)) * 0.1
