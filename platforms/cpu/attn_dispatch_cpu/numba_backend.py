@@ -33,6 +33,7 @@ class NumbaPlan(Plan):
     threads: int
     template: npt.NDArray[np.int64]
     kept: list[npt.NDArray[Any]]
+    table_at: int
     work: dict[bool, list[Work]] = field(default_factory=dict)
 
 
@@ -81,12 +82,14 @@ class NumbaBackend(Backend):
 
     def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> NumbaPlan:
         """Cut the step into work for the threads."""
-        from attn_dispatch_cpu.running import prepare, work_of
+        from attn_dispatch_cpu.running import address, prepare, work_of
         from attn_dispatch_cpu.threads import num_threads
 
         view = metadata.view(spec.kind)
         template, kept = prepare(spec, view)
-        plan = NumbaPlan(spec=spec, view=view, threads=num_threads(), template=template, kept=kept)
+        plan = NumbaPlan(
+            spec=spec, view=view, threads=num_threads(), template=template, kept=kept, table_at=address(kept[0])
+        )
         if view.pages.exist:
             work_of(plan, in_blocks=True)
         return plan

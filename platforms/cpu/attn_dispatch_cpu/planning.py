@@ -41,6 +41,7 @@ class Work:
         heads, rows: the largest item's kv heads and rows, for the size of the scratch.
         threads: how many are worth waking.
         scratch_bytes: of one worker.
+        tiles_at: the address of `tiles`.
     """
 
     kernel: str
@@ -52,6 +53,7 @@ class Work:
     rows: int
     threads: int
     scratch_bytes: int = 0
+    tiles_at: int = 0
 
 
 def cut(spec: AttentionSpec, view: BatchView, threads: int, in_blocks: bool) -> list[Work]:

@@ -48,22 +48,24 @@ def dense(array: NDArray) -> NDArray:
     return array if array.strides[-1] == array.itemsize or not array.size else np.ascontiguousarray(array)
 
 
-def scratch(size: int) -> NDArray:
-    """Return memory of at least this many bytes, the calling thread's own."""
-    memory: NDArray | None = getattr(_local, "memory", None)
-    if memory is None or memory.size < size:
-        memory = _local.memory = np.empty(size, np.uint8)
-    return memory
+def scratch(size: int) -> int:
+    """Return the address of memory of at least this many bytes, the calling thread's own."""
+    if getattr(_local, "size", 0) < size:
+        _local.memory, _local.size = np.empty(size, np.uint8), size
+        _local.address = address(_local.memory)
+    return _local.address  # type: ignore[no-any-return]
 
 
 def prepare(spec: AttentionSpec, view: BatchView) -> tuple[Words, list[NDArray]]:
     """Return the part of the record that a plan knows, and the arrays that it points into."""
     job, numbers = J.new_job()
+    pages = view.pages
     kept = [
         np.ascontiguousarray(array)  # a batch made by hand may hold views
-        for array in (view.kv_lens, view.query_start_loc, view.new_start_loc, view.pages.slot_mapping)
+        for array in (pages.block_table, view.kv_lens, view.query_start_loc, view.new_start_loc, pages.slot_mapping)
     ]
-    job[J.KV_LENS], job[J.QUERY_START], job[J.NEW_START], job[J.SLOTS] = map(address, kept)
+    _, job[J.KV_LENS], job[J.QUERY_START], job[J.NEW_START], job[J.SLOTS] = map(address, kept)
+    job[J.TABLE_ROW] = kept[0].strides[0]  # where the table is says that there is one: filled in with a cache
     job[J.KV_HEADS], job[J.GROUP] = spec.num_kv_heads, spec.group_size
     job[J.DEPTH], job[J.WIDTH] = spec.head_size, spec.value_head_size
     job[J.LEFT], job[J.RIGHT] = spec.window[0], 0 if spec.causal else spec.window[1]
@@ -95,8 +97,8 @@ class Runner:
     def __init__(self, plan: NumbaPlan, layer: LayerParameters) -> None:
         self._plan = plan
         self._job = job = plan.template.copy()
-        self._ticket = np.zeros(1, np.int64)
-        job[J.TICKET] = address(self._ticket)
+        self._at = address(job)
+        job[J.TICKET] = self._at + 8 * J.COUNTER
         self._kept: list[Any] = []
         self._layer = layer
         self._stored = plan.spec.kv_cache_dtype
@@ -122,9 +124,9 @@ class Runner:
         words: Any = cache.bound.get("cpu/numba")
         if words is None:
             words = cache.bound["cpu/numba"] = _cache_words(cache)
-        job, table = self._job, self._plan.view.pages.block_table
+        job = self._job
         job[KEY_TO_TOKEN], job[VALUE_TO_TOKEN], job[J.KEY_SCALES], job[J.VALUE_SCALES] = words
-        job[J.TABLE], job[J.TABLE_ROW] = address(table), table.strides[0]
+        job[J.TABLE] = self._plan.table_at
         if is_quantised(self._stored):
             numbers = job.view(np.float64)
             numbers[J.SCALE] *= self._layer.k_scale
@@ -159,9 +161,8 @@ class Runner:
         kind = KINDS[self._stored]
         dot = kind == KIND_BF16 and spec.dtype == "bfloat16" and host_isa().bf16_dot
         for each in work_of(plan, in_blocks=bool(job[J.TABLE])):
-            memory = scratch(each.scratch_bytes * plan.threads + 64)
-            job[J.SCRATCH], job[J.SCRATCH_BYTES] = address(memory), each.scratch_bytes
-            job[J.TILES], job[J.ITEMS] = address(each.tiles), len(each.tiles)
+            job[J.SCRATCH], job[J.SCRATCH_BYTES] = scratch(each.scratch_bytes * plan.threads + 64), each.scratch_bytes
+            job[J.TILES], job[J.ITEMS] = each.tiles_at, len(each.tiles)
             if each.parts:
                 entries = each.parts * spec.num_kv_heads * each.partial_rows
                 outs, lses = np.empty((entries, spec.value_head_size), np.float32), np.empty(entries, np.float32)
@@ -174,8 +175,8 @@ class Runner:
                 self._call("merge", 0, False, 1 if plan.threads <= 4 else each.threads)
 
     def _call(self, name: str, kind: int, dot: bool, threads: int) -> None:
-        self._ticket[0] = 0
-        POOL.run(kernel(name, kind, dot), address(self._job), threads)
+        self._job[J.COUNTER] = 0
+        POOL.run(kernel(name, kind, dot), self._at, threads)
 
 
 def work_of(plan: NumbaPlan, in_blocks: bool) -> list[Work]:
@@ -188,7 +189,7 @@ def work_of(plan: NumbaPlan, in_blocks: bool) -> list[Work]:
                 size = narrow_scratch_bytes(spec.head_size, spec.value_head_size, each.heads, each.rows)
             else:
                 size = wide_scratch_bytes(spec.head_size, spec.value_head_size)
-            each.scratch_bytes = -(-size // 4096) * 4096
+            each.scratch_bytes, each.tiles_at = -(-size // 4096) * 4096, address(each.tiles)
         plan.work[in_blocks] = work
     return plan.work[in_blocks]
 

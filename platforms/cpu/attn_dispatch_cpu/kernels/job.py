@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-TICKET: Final = 0  # int64 counter that workers take items from
+TICKET: Final = 0  # address of an int64 counter that workers take items from: COUNTER of the same record
 ITEMS: Final = 1
 TILES: Final = 2  # i32[items][TILE_WORDS]
 KV_HEADS: Final = 3
@@ -66,6 +66,7 @@ GROUPS: Final = 52  # i32[groups][GROUP_WORDS], tiles that were split
 OUT_FACTOR: Final = 53  # float64, a per-tensor scale of the values
 KEY_SCALE: Final = 54  # float64, the layer's per-tensor scales, for writing
 VALUE_SCALE: Final = 55
+COUNTER: Final = 63
 
 WORDS: Final = 64
 
