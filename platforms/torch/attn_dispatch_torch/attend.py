@@ -1,319 +1,258 @@
-"""Attention of torch tensors: the computation of `torch/sdpa`.
+"""The computation of `torch/sdpa`: write, gather, attend.
 
-torch's CPU flash kernel returns the log-sum-exp beside the output, takes additive masks and strided inputs, and is
-used for everything that it can do. What it cannot (soft-cap; other devices when the LSE is wanted) is written out in
-float32.
+torch's CPU flash kernel returns the log-sum-exp beside the output, takes additive masks, strided inputs and grouped
+heads, and is used for everything that it can do. What it cannot do (soft-cap), and the LSE on other devices, is written
+out in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attn_dispatch import AttentionSpec, LayerParameters, Plan
-from attn_dispatch.contract.dtypes import FINITE_MAX, is_quantised
-from attn_dispatch.errors import ArrayError
+from .step import FoldStep, LongStep, Step, TileStep
+from .store import Store, gather
 
-from .grouping import CHUNK_TOKENS, Group, OnDevice, SdpaPlan
+__all__ = ["Owned", "attend"]
 
-__all__ = ["run"]
-
-Pages = Mapping[str, torch.Tensor]
+_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def run(
-    plan: Plan,
+class Owned(NamedTuple):
+    """What a layer owns, on its device: f32[H] slopes and sinks, and the scales of a quantised cache."""
+
+    slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+    k_scale_there: torch.Tensor | None = None
+    v_scale_there: torch.Tensor | None = None
+
+
+NOTHING_OWNED = Owned()
+
+
+def attend(
+    step: Step,
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    pages: Pages | None,
-    layer: LayerParameters,
-    out: torch.Tensor | None,
-    return_lse: bool,
+    store: Store | None,
+    owned: Owned = NOTHING_OWNED,
+    out: torch.Tensor | None = None,
+    *,
+    return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Write k [rows, K, D] and v [rows, K, Dv] into pages [N, K, B, ...], then attend for q [T, H, D].
+    """Write the new keys and values, then attend.
 
-    Raises:
-        ArrayError: q and the cache are on different devices. Nothing has been written.
+    Args:
+        step: the batch, on q's device.
+        q: [T, H, D].
+        k: [rows, K, D].
+        v: [rows, K, Dv].
+        store: the cache (None: attend to k and v).
+        owned: the layer's own.
+        out: [T, H, Dv] to write into.
+        return_lse: also return f32[T, H].
     """
-    assert isinstance(plan, SdpaPlan)
-    spec = plan.spec
-    if pages is not None and pages["key"].device != q.device:
-        there = pages["key"].device
-        raise ArrayError(f"q is on {q.device}, the cache on {there}: allocate(..., device={str(q.device)!r})")
-    here = plan.on_device.get(q.device)
-    if here is None:
-        here = plan.on_device[q.device] = _prepare(plan, q)
+    if store is not None and k is not None and v is not None and step.write_rows is not None:
+        store.key.write(step, k, owned.k_scale_there)
+        store.value.write(step, v, owned.v_scale_there)
+    if store is None:
+        owned = owned._replace(k_scale=1.0, v_scale=1.0)  # they belong to what is stored
+    if step.alone and out is None:
+        result, lse = _attend_fold(step, step.folds[0], q, store, owned, return_lse)
+        return (result, lse) if return_lse else result
+    spec = step.spec
     if out is None:
-        out = q.new_empty((plan.num_tokens, spec.num_heads, spec.value_head_size))
-    wants_lse = return_lse or spec.sinks
-    lse = q.new_empty((plan.num_tokens, spec.num_heads), dtype=torch.float32) if return_lse else None
-    with torch.no_grad():
-        if pages is not None and k is not None and v is not None and plan.view.pages.writes:
-            _write(pages["key"], k, here, layer.k_scale)
-            _write(pages["value"], v, here, layer.v_scale)
-        scaled = pages is not None and is_quantised(spec.kv_cache_dtype)
-        scales = (layer.k_scale, layer.v_scale) if scaled else (1.0, 1.0)
-        for group, prepared in zip(plan.groups, here.groups, strict=True):
-            assert pages is not None
-            part, part_lse = _attend_group(spec, group, prepared, q, pages, layer, scales, wants_lse)
-            out[prepared["rows"]] = part
-            if lse is not None and part_lse is not None:
-                lse[prepared["rows"]] = part_lse
-        for s in plan.alone:
-            _attend_alone(plan, s, q, k, v, pages, layer, scales, out, lse, wants_lse)
-        for s in plan.nothing:
-            rows = slice(*plan.view.query_start_loc[s : s + 2].tolist())
-            out[rows] = 0
-            if lse is not None:
-                lse[rows] = -torch.inf if layer.sinks is None else _on(layer, "sinks", q.device)
-    return (out, lse) if lse is not None else out
+        out = q.new_empty((step.num_tokens, spec.num_heads, spec.value_head_size))
+    lses = q.new_empty((step.num_tokens, spec.num_heads), dtype=torch.float32) if return_lse else None
+    for fold in step.folds:
+        rows = fold.rows
+        picked = q[rows] if isinstance(rows, slice) else q.index_select(0, rows)
+        result, lse = _attend_fold(step, fold, picked, store, owned, return_lse)
+        _put(out, rows, result)
+        if lses is not None and lse is not None:
+            _put(lses, rows, lse)
+    for long in step.longs:
+        _attend_long(step, long, q, k, v, store, owned, out, lses)
+    for rows in step.nothing:
+        out[rows] = 0
+        if lses is not None:
+            # The sum of what such a row attends to is its sink alone.
+            lses[rows] = -torch.inf if owned.sinks is None else owned.sinks
+    return out if lses is None else (out, lses)
 
 
-def _prepare(plan: SdpaPlan, q: torch.Tensor) -> OnDevice:
-    """Copy a plan's indices to a device and make its masks there."""
-    spec, view = plan.spec, plan.view
-    here = OnDevice()
-    pages = view.pages
-    if pages.writes:
-        used = np.flatnonzero(pages.slot_mapping >= 0)
-        block, offset = np.divmod(pages.slot_mapping[used], pages.block_size)
-        heads = np.arange(spec.num_kv_heads)
-        rows = (block[:, None] * spec.num_kv_heads + heads) * pages.block_size + offset[:, None]
-        here.write_rows = torch.from_numpy(rows.ravel()).to(q.device)
-        here.written = None if pages.writes_all else torch.from_numpy(used).to(q.device)
-    for group in plan.groups:
-        blocks = group.blocks[:, None, :] * spec.num_kv_heads + np.arange(spec.num_kv_heads)[:, None]
-        rows_of = group.rows if isinstance(group.rows, slice) else torch.from_numpy(group.rows).to(q.device)
-        entry: dict[str, Any] = {"rows": rows_of, "index": torch.from_numpy(blocks.ravel()).to(q.device)}
-        if len(group.padding):
-            width = group.blocks.shape[1] * pages.block_size
-            seq, token = np.divmod(group.padding, width)
-            flat = (seq[:, None] * spec.num_kv_heads + np.arange(spec.num_kv_heads)) * width + token[:, None]
-            entry["padding"] = torch.from_numpy(flat.ravel()).to(q.device)
-        if group.masked or spec.alibi:
-            query_at, key_at = _positions(group, pages.block_size)
-            entry["mask"] = _mask(spec, query_at, key_at, group.lens, q) if group.masked else None
-            entry["distance"] = torch.from_numpy(np.abs(query_at - key_at)).to(q.device) if spec.alibi else None
-        here.groups.append(entry)
-    return here
-
-
-def _positions(group: Group, block_size: int) -> tuple[Any, Any]:
-    """Return the positions of queries [G, n, 1] and of the keys that are used [G, 1, L]."""
-    query_at = (group.lens[:, None] - group.num_queries + np.arange(group.num_queries))[:, :, None]
-    key_at = (group.first[:, None] + np.arange(group.begin, group.end))[:, None, :]
-    return query_at, key_at
-
-
-def _visible(spec: AttentionSpec, query_at: Any, key_at: Any) -> Any:
-    ahead = key_at - query_at
-    left, right = spec.window
-    visible = np.ones(ahead.shape, dtype=bool)
-    if spec.causal:
-        visible &= ahead <= 0
-    if left >= 0:
-        visible &= ahead >= -left
-    if right >= 0:
-        visible &= ahead <= right
-    return visible
-
-
-def _mask(spec: AttentionSpec, query_at: Any, key_at: Any, lens: Any, q: torch.Tensor) -> torch.Tensor:
-    """Return an additive mask [G, 1, n * g, L] of q's type: 0 where a key is seen, else -inf."""
-    visible = _visible(spec, query_at, key_at) & (key_at < lens[:, None, None])
-    seen = torch.from_numpy(visible).to(q.device)
-    mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
-    return mask.repeat_interleave(spec.group_size, dim=1)[:, None]
-
-
-def _write(blocks: torch.Tensor, new: torch.Tensor, here: OnDevice, scale: float) -> None:
-    rows = new if here.written is None else new.index_select(0, here.written)
-    name = str(blocks.dtype).removeprefix("torch.")
-    if is_quantised(name):
-        limit = FINITE_MAX[name]
-        rows = (rows.float() / scale).clamp_(-limit, limit)
-        rows = (rows.round_() if name == "int8" else rows).to(blocks.dtype)
+def _put(target: torch.Tensor, rows: slice | torch.Tensor, values: torch.Tensor) -> None:
+    if isinstance(rows, slice):
+        target[rows] = values
     else:
-        rows = rows.to(blocks.dtype)
-    flat, rows = _bytes(blocks).view(-1, blocks.shape[-1]), _bytes(rows.contiguous())
-    flat.index_copy_(0, here.write_rows, rows.view(-1, rows.shape[-1]))
+        target.index_copy_(0, rows, values)
 
 
-def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.uint8) if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else x
-
-
-def _gather(blocks: torch.Tensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return rows [len(index), B, D] of the pages [N, K, B, D] seen as [N * K, B, D], in a type to compute with."""
-    size, width = blocks.shape[2:]
-    picked = _bytes(blocks).view(-1, size * width).index_select(0, index)
-    # Quantised types are exact in every type that attention is computed in; their scales are applied elsewhere.
-    return picked.view(blocks.dtype).to(dtype).view(-1, size, width)
-
-
-def _attend_group(
-    spec: AttentionSpec,
-    group: Group,
-    prepared: dict[str, Any],
-    q: torch.Tensor,
-    pages: Pages,
-    layer: LayerParameters,
-    scales: tuple[float, float],
-    wants_lse: bool,
+def _attend_fold(
+    step: Step, fold: FoldStep, q: torch.Tensor, store: Store | None, owned: Owned, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    size, heads, n = len(group.sequences), spec.num_kv_heads, group.num_queries
-    keys, values = (
-        _gather(pages[name], prepared["index"], q.dtype).view(size, heads, -1, pages[name].shape[3])
-        for name in ("key", "value")
-    )
-    if "padding" in prepared:
-        # A masked key still counts if it is NaN.
-        for gathered in (keys, values):
-            gathered.view(-1, gathered.shape[3]).index_fill_(0, prepared["padding"], 0)
-    keys, values = keys[:, :, group.begin : group.end], values[:, :, group.begin : group.end]
-    rows = q[prepared["rows"]].view(size, n, heads, spec.group_size, spec.head_size)
-    folded = rows.transpose(1, 2).reshape(size, heads, n * spec.group_size, spec.head_size)
-    mask = prepared.get("mask")
-    if spec.alibi:
-        slopes = _on(layer, "alibi_slopes", q.device).view(1, heads, 1, spec.group_size, 1)
-        bias = -slopes * prepared["distance"][:, None, :, None, :]
-        bias = bias.flatten(2, 3).to(q.dtype)
-        mask = bias if mask is None else bias + mask
-    result, lse = _softmax(spec, folded, keys, values, mask, False, scales, wants_lse)
-    sinks = None if layer.sinks is None else _on(layer, "sinks", q.device).view(1, heads, 1, spec.group_size)
-    shape = (size, heads, n, spec.group_size)
-    result = result.view(*shape, -1)
-    lse = None if lse is None else lse.view(shape)
-    if sinks is not None:
-        result, lse = _with_sink(result, lse, sinks)
-    result = result.transpose(1, 2).reshape(size * n, spec.num_heads, -1)
-    return result, None if lse is None else lse.transpose(1, 2).reshape(size * n, spec.num_heads)
+    """Attend for q [G * n, H, D]; return [G * n, H, Dv] in q's type, and f32[G * n, H]."""
+    spec, size, n = step.spec, fold.size, fold.queries
+    heads, group = spec.num_kv_heads, spec.group_size
+    assert store is not None
+    key, value = gather(step, fold, store, fold.index)
+    if fold.blank is not None:
+        key.view(-1, spec.head_size).index_fill_(0, fold.blank, 0)
+        value.view(-1, spec.value_head_size).index_fill_(0, fold.blank, 0)
+    shape = (size * heads, 1) if fold.merged else (size, heads)
+    key = key.view(*shape, -1, spec.head_size)
+    value = value.view(*shape, -1, spec.value_head_size)
+    if fold.begin or fold.end != key.shape[2]:
+        key, value = key[:, :, fold.begin : fold.end], value[:, :, fold.begin : fold.end]
+    if n > 1:
+        q = q.reshape(size, n, heads, group, -1).transpose(1, 2)
+    bias = fold.mask
+    if fold.distance is not None:
+        assert owned.slopes is not None
+        slopes = owned.slopes.view(1, heads, 1, group, 1)
+        far = (fold.distance * -slopes).view(size, heads, n * group, -1)
+        bias = far if bias is None else far.add_(bias)
+    result, lse = _softmax(step, q.reshape(*shape, n * group, -1), key, value, bias, False, owned, return_lse)
+    if n > 1:
+        result = result.view(size, heads, n, group, -1).transpose(1, 2)
+        lse = None if lse is None else lse.view(size, heads, n, group).transpose(1, 2)
+    result = result.reshape(size * n, spec.num_heads, -1)
+    lse = None if lse is None else lse.reshape(size * n, spec.num_heads)
+    return _finish(result, lse, q.dtype, owned)
 
 
-def _attend_alone(
-    plan: SdpaPlan,
-    s: int,
+def _attend_long(
+    step: Step,
+    long: LongStep,
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    pages: Pages | None,
-    layer: LayerParameters,
-    scales: tuple[float, float],
+    store: Store | None,
+    owned: Owned,
     out: torch.Tensor,
-    lse: torch.Tensor | None,
-    wants_lse: bool,
+    lses: torch.Tensor | None,
 ) -> None:
-    """Attend for one sequence of many tokens, in chunks of queries; a chunk looks at the keys that it can see only."""
-    spec, view = plan.spec, plan.view
-    begin, stop = view.query_start_loc[s : s + 2].tolist()
-    length = int(view.kv_lens[s])
-    heads, group = spec.num_kv_heads, spec.group_size
-    before = length - (stop - begin)
-    # The first token that anyone sees, in whole blocks.
-    left, right = spec.window
-    if pages is None:
+    """Attend for one sequence, tile by tile, into out [T, H, Dv] and lses f32[T, H]."""
+    spec = step.spec
+    heads = spec.num_kv_heads
+    if long.index is None:
         assert k is not None
         assert v is not None
-        new = slice(*view.new_start_loc[s : s + 2].tolist())
-        first, keys, values = 0, k[new].transpose(0, 1), v[new].transpose(0, 1)
+        key, value = (x[long.new].to(step.compute).transpose(0, 1) for x in (k, v))
     else:
-        size = view.pages.block_size
-        block = max(before - left, 0) // size if left >= 0 else 0
-        first = block * size
-        table = view.pages.block_table[s, block : -(-length // size)].astype(np.int64)
-        index = torch.from_numpy((table * heads + np.arange(heads)[:, None]).ravel()).to(q.device)
-        keys, values = (
-            _gather(pages[name], index, q.dtype).view(heads, -1, pages[name].shape[3])[:, : length - first]
-            for name in ("key", "value")
-        )
-    sinks = None if layer.sinks is None else _on(layer, "sinks", q.device).view(heads, group, 1)
-    for a in range(begin, stop, CHUNK_TOKENS):
-        b = min(a + CHUNK_TOKENS, stop)
-        query_at = np.arange(a - begin, b - begin) + before
-        last = length
-        if spec.causal:
-            last = int(query_at[-1]) + 1
-        elif right >= 0:
-            last = min(length, int(query_at[-1]) + 1 + right)
-        start = max(first, int(query_at[0]) - left) if left >= 0 else first
-        part_k, part_v = keys[:, start - first : last - first], values[:, start - first : last - first]
-        # [K, g, n, D]: the group is a batch axis along which the keys do not move.
-        part_q = q[a:b].view(b - a, heads, group, -1).permute(1, 2, 0, 3)
-        key_at = np.arange(start, last)
-        square = spec.causal and not spec.has_window and a == begin and before == 0 and not spec.alibi
-        mask = None
-        if not square:
-            visible = _visible(spec, query_at[:, None], key_at[None, :])
-            if not visible.all():
-                seen = torch.from_numpy(visible).to(q.device)
-                mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
-            if spec.alibi:
-                distance = torch.from_numpy(np.abs(query_at[:, None] - key_at[None, :])).to(q.device)
-                bias = (-_on(layer, "alibi_slopes", q.device).view(heads, group, 1, 1) * distance).to(q.dtype)
-                mask = bias if mask is None else bias + mask
-        wide_k, wide_v = (x[:, None].expand(heads, group, *x.shape[1:]) for x in (part_k, part_v))
-        result, part_lse = _softmax(spec, part_q, wide_k, wide_v, mask, square, scales, wants_lse)
-        if sinks is not None:
-            result, part_lse = _with_sink(result, part_lse, sinks)
-        out[a:b] = result.permute(2, 0, 1, 3).reshape(b - a, spec.num_heads, -1)
-        if lse is not None and part_lse is not None:
-            lse[a:b] = part_lse.permute(2, 0, 1).reshape(b - a, spec.num_heads)
+        assert store is not None
+        key, value = gather(step, long, store, long.index)
+        key, value = key.view(heads, -1, spec.head_size), value.view(heads, -1, spec.value_head_size)
+    for tile in long.tiles:
+        rows = q[tile.rows]
+        part_k, part_v = key[:, tile.low : tile.high], value[:, tile.low : tile.high]
+        if step.cpu and not step.plain:
+            # The CPU kernel knows grouped heads: [1, H, t, D] on [1, K, w, D].
+            queries = rows.transpose(0, 1)[None]
+            part_k, part_v = part_k[None], part_v[None]
+        else:
+            # [K, g, t, D] on [K, g, w, D]: the group is an axis along which keys and values do not move.
+            queries = rows.view(-1, heads, spec.group_size, spec.head_size).permute(1, 2, 0, 3)
+            part_k, part_v = part_k[:, None], part_v[:, None]
+        bias = _tile_bias(tile, queries, owned)
+        result, lse = _softmax(step, queries, part_k, part_v, bias, tile.causal, owned, lses is not None)
+        result = result.flatten(0, 1).transpose(0, 1)
+        lse = None if lse is None else lse.flatten(0, 1).transpose(0, 1)
+        result, lse = _finish(result, lse, q.dtype, owned)
+        out[tile.rows] = result
+        if lses is not None:
+            lses[tile.rows] = lse
+
+
+def _tile_bias(tile: TileStep, queries: torch.Tensor, owned: Owned) -> torch.Tensor | None:
+    mask = None if tile.mask is None else tile.mask[None, None]
+    if tile.distance is None:
+        return mask
+    assert owned.slopes is not None
+    far = tile.distance * -owned.slopes.view(*queries.shape[:2], 1, 1)
+    return far if mask is None else far.add_(mask)
 
 
 def _softmax(
-    spec: AttentionSpec,
+    step: Step,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None,
-    is_causal: bool,
-    scales: tuple[float, float],
-    wants_lse: bool,
+    bias: torch.Tensor | None,
+    causal: bool,
+    owned: Owned,
+    return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return softmax(scores) v and, if wanted, the LSE in float32. q [b, h, n, D], k [b, h, L, D], v [b, h, L, Dv]."""
-    scale = spec.scale * scales[0]
-    if spec.logits_soft_cap is None and (q.device.type == "cpu" or not wants_lse):
-        width, value_width = q.shape[-1], v.shape[-1]
-        # The fused kernels want one head size: zeros change neither scores nor the columns that are kept.
-        if width < value_width:
-            q, k = (F.pad(x, (0, value_width - width)) for x in (q, k))
-        elif value_width < width:
-            v = F.pad(v, (0, width - value_width))
-        lse = None
-        if q.device.type == "cpu":
-            whole = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, is_causal, attn_mask=whole, scale=scale
-            )
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
-        out = out[..., :value_width]
-        return (out * scales[1] if scales[1] != 1.0 else out), lse if lse is None else lse.float()
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
-    if spec.logits_soft_cap is not None:
-        scores = spec.logits_soft_cap * torch.tanh(scores / spec.logits_soft_cap)
-    if mask is not None:
-        scores = scores + mask
-    if is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu_(1), -torch.inf)
-    logsum = torch.logsumexp(scores, dim=-1)
-    out = (torch.exp(scores - logsum[..., None]) @ v.to(wide)) * scales[1]
-    return out.to(q.dtype), logsum.float()
+    """Return softmax(scores) v [b, h, t, Dv] and their LSE [b, h, t], sinks and the values' scale left out.
+
+    Args:
+        step: says which kernel, and the scale.
+        q: [b, h, t, D].
+        k: [b, h or fewer, w, D], of the type that is computed with.
+        v: [b, h or fewer, w, Dv].
+        bias: broadcasts to [b, h, t, w]: what is added to the scores, or (other devices' fused kernels) who sees whom.
+        causal: a lower triangle; t == w.
+        owned: the layer's own.
+        return_lse: the LSE is wanted.
+    """
+    spec = step.spec
+    q = q.to(k.dtype)
+    scale = spec.scale * owned.k_scale
+    if step.plain:
+        return _plain(q, k, v, bias, scale, spec.logits_soft_cap)
+    if not step.cpu:
+        if k.shape[1] != q.shape[1]:
+            k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale), None
+    width, value_width = q.shape[-1], v.shape[-1]
+    # The kernel wants one head size. Zeros change neither the scores nor the columns that are kept.
+    if width < value_width:
+        q, k = F.pad(q, (0, value_width - width)), F.pad(k, (0, value_width - width))
+    elif value_width < width:
+        v = F.pad(v, (0, width - value_width))
+    # The kernel takes the last axis to be dense without looking, and reads past the ends of arrays if it is not.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = _flash_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    return out if value_width >= width else out[..., :value_width], lse
 
 
-def _with_sink(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sink takes its share of the softmax and gives nothing: the rest shrinks by what it takes."""
-    assert lse is not None
-    total = torch.logaddexp(lse, sinks)
-    return (out.to(total.dtype) * torch.exp(lse - total)[..., None]).to(out.dtype), total
+def _plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same, written out, with one matrix product for all the queries of a key/value head."""
+    b, h, t, _ = q.shape
+    shared, w = k.shape[1], k.shape[2]
+    keys, values = k.reshape(b * shared, w, -1), v.reshape(b * shared, w, -1)
+    scores = torch.bmm(q.reshape(b * shared, h // shared * t, -1), keys.transpose(1, 2)).view(b, h, t, w)
+    if cap is None:
+        scores.mul_(scale)
+    else:
+        scores.mul_(scale / cap).tanh_().mul_(cap)
+    if bias is not None:
+        scores.add_(bias)
+    peak = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.bmm(weights.view(b * shared, h // shared * t, w), values).view(b, h, t, -1)
+    return out.div_(total), total.log_().add_(peak).squeeze(-1)
 
 
-def _on(layer: LayerParameters, name: str, device: torch.device) -> torch.Tensor:
-    """Return a layer's slopes or sinks on a device."""
-    return layer.made((name, device), lambda: torch.tensor(getattr(layer, name), device=device))
+def _finish(
+    result: torch.Tensor, lse: torch.Tensor | None, dtype: torch.dtype, owned: Owned
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Apply to [rows, H, Dv] and [rows, H] what comes after the softmax: sinks, the values' scale, the type."""
+    if owned.v_scale != 1.0:
+        result = result * owned.v_scale
+    if owned.sinks is not None:
+        assert lse is not None
+        # A sink takes its share of the softmax and gives nothing: the rest shrinks by what it takes.
+        result = result * torch.sigmoid(lse - owned.sinks).unsqueeze(-1).to(result.dtype)
+        lse = torch.logaddexp(lse, owned.sinks.to(lse.dtype))
+    if lse is not None:
+        lse = lse.float()
+    return result.to(dtype), lse

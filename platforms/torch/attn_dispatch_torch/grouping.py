@@ -1,134 +1,240 @@
-"""The plan of `torch/sdpa`: which sequences one call attends for, and every index and mask that no layer changes.
+"""Which sequences of a batch one call attends for, and which keys it looks at. NumPy alone: no device, no layer.
 
-Decodes (and other steps of a few tokens) of similar length are gathered into one padded batch, with the query-head
-group folded into the query length: each key is then read once for all the heads that share it. Long prefills go one by
-one, cut into chunks of queries, so that a mask is never larger than a chunk and no work is done above the diagonal.
+Steps of a few tokens (decodes) of similar length are gathered into one padded batch, with the query-head group folded
+into the query length: each key is then read once for all the heads that share it. Longer steps (prefills) go one by
+one, in tiles of queries where a mask is needed, each with the keys that it can see: no work beyond the diagonal or the
+window.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from attn_dispatch import AttentionSpec, Plan
+from attn_dispatch import AttentionSpec
 from attn_dispatch.contract import BatchView
 
-__all__ = ["Group", "OnDevice", "SdpaPlan", "make_plan"]
+__all__ = ["FEW_TOKENS", "Fold", "Limits", "Long", "Tile", "group", "visible"]
 
 I64 = npt.NDArray[np.int64]
 
 FEW_TOKENS = 16
 """Steps of up to so many tokens are folded and batched; longer ones go alone."""
-CHUNK_TOKENS = 512
-"""Queries of a prefill that are attended for in one call."""
+
+_TILE_TOKENS = 512
+_TILE_ELEMENTS = 1 << 22
+"""Elements of a tile's mask or scores: 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device likes.
+
+    Attributes:
+        chunk_bytes: gathered keys and values of one call. A CPU should still have them in its cache when they are read.
+        call_bytes: gathered bytes that cost as much as one more call: what padding may waste.
+    """
+
+    chunk_bytes: int
+    call_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Sequences that one call attends for: G of them, n query tokens each, up to L gathered tokens.
+class Fold:
+    """Sequences that one call attends for: G of them, n queries each.
 
     Attributes:
-        sequences: their indices.
-        rows: which rows of q: a slice, or i64[G * n].
-        num_queries: n.
-        first: the first gathered token of each, i64[G], a multiple of the block size.
-        lens: keys of each, i64[G].
-        blocks: gathered blocks, i64[G, nb].
-        begin, end: what is used of the gathered tokens, the same for all.
-        padding: gathered rows of [G, L] that are not the sequence's own, i64[...].
-        masked: a mask is needed (lengths differ, several queries, or a window that cuts a block).
+        rows: their rows of q, G * n: a slice, or indices.
+        queries: n.
+        table: gathered blocks, i64[G, nb]; beyond a sequence's last block its first one again.
+        used: blocks that are a sequence's own, i64[G].
+        ends: gathered tokens that are, i64[G].
+        begin, end: gathered tokens that are looked at, the same for all.
+        masked: not every query sees all of those.
     """
 
-    sequences: I64
     rows: slice | I64
-    num_queries: int
-    first: I64
-    lens: I64
-    blocks: I64
+    queries: int
+    table: I64
+    used: I64
+    ends: I64
     begin: int
     end: int
-    padding: I64
     masked: bool
 
 
-@dataclass(eq=False)
-class OnDevice:
-    """What a plan has on one device, made at its first run there: one copy per plan."""
+class Tile(NamedTuple):
+    """Queries [a, b) of a sequence's new ones, and the gathered tokens [low, high) that they see some of.
 
-    write_rows: torch.Tensor | None = None
-    written: torch.Tensor | None = None
-    groups: list[dict[str, Any]] = field(default_factory=list)
+    `anchor`: the position, in gathered tokens, of query b - 1. `masked`: not every query sees all. `causal`: what
+    they see is the lower triangle of a square.
+    """
 
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class SdpaPlan(Plan):
-    """A step for every layer of a spec."""
-
-    groups: list[Group]
-    alone: list[int]
-    nothing: list[int]
-    on_device: dict[torch.device, OnDevice] = field(default_factory=dict)
-    covers_all: bool = True
+    a: int
+    b: int
+    low: int
+    high: int
+    anchor: int
+    masked: bool
+    causal: bool
 
 
-def make_plan(spec: AttentionSpec, view: BatchView) -> SdpaPlan:
-    """Sort a batch's sequences into groups, prefills and such as attend to nothing."""
-    lens, new = view.kv_lens.astype(np.int64), view.query_lens
-    nothing = np.flatnonzero((lens == 0) & (new > 0)).tolist()
-    paged = view.pages.exist
-    few = (lens > 0) & (new > 0) & (new <= FEW_TOKENS) & paged
-    alone = np.flatnonzero((lens > 0) & (new > 0) & ~few).tolist()
-    groups: list[Group] = []
-    for n in np.unique(new[few]).tolist():
-        members = np.flatnonzero(few & (new == n))
-        first = _first_tokens(spec, lens[members], n, view.pages.block_size)
-        order = np.argsort(lens[members] - first, kind="stable")
-        members, first = members[order], first[order]
-        widths = lens[members] - first
-        start = 0
-        for i in range(1, len(members) + 1):
-            # Padding costs as much as keys do: a group is closed where it would be more than a quarter.
-            if i == len(members) or widths[i] > 1.25 * widths[start] + view.pages.block_size:
-                groups.append(_group(spec, view, members[start:i], first[start:i], n))
-                start = i
-    return SdpaPlan(spec=spec, view=view, groups=groups, alone=alone, nothing=nothing)
+@dataclass(frozen=True, eq=False)
+class Long:
+    """One sequence of many queries.
+
+    Attributes:
+        rows: its rows of q.
+        table: gathered blocks, i64[nb]; None when the step brings all of its keys itself.
+        new: its rows of k and v.
+        tiles: calls.
+    """
+
+    rows: slice
+    table: I64 | None
+    new: slice
+    tiles: tuple[Tile, ...]
 
 
-def _first_tokens(spec: AttentionSpec, lens: I64, n: int, block_size: int) -> I64:
-    """Return the first token that the first of n queries can see, rounded down to a block."""
-    left = spec.window[0]
-    if left < 0:
-        return np.zeros_like(lens)
-    first: I64 = np.maximum(lens - n - left, 0) // block_size * block_size
-    return first
+def group(
+    spec: AttentionSpec, view: BatchView, limits: Limits, *, per_head: bool, square: bool, fresh: bool
+) -> tuple[list[Fold], list[Long]]:
+    """Sort the sequences that attend to something into calls.
+
+    Args:
+        spec: the layers.
+        view: the batch.
+        limits: of the device.
+        per_head: masks or scores are materialised for each head, which makes tiles smaller.
+        square: the kernel knows causality by itself when queries and keys are the same tokens.
+        fresh: new keys and values are as good as what the cache stores of them.
+    """
+    lens, new = view.kv_lens.astype(np.int64), view.query_lens.astype(np.int64)
+    alive = (lens > 0) & (new > 0)
+    few = alive & (new <= FEW_TOKENS) if view.pages.exist else np.zeros(len(lens), np.bool_)
+    folds: list[Fold] = []
+    if few.any():
+        for n in np.unique(new[few]).tolist():
+            folds += _folds(spec, view, np.flatnonzero(few & (new == n)), n, limits)
+    whole = _written_whole(view) if fresh else np.zeros(len(lens), np.bool_)
+    longs = [
+        _long(spec, view, int(s), per_head=per_head, square=square, direct=not view.pages.exist or bool(whole[s]))
+        for s in np.flatnonzero(alive & ~few)
+    ]
+    return folds, longs
 
 
-def _group(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], first: I64, n: int) -> Group:
-    # In the batch's own order, so that rows of neighbours stay neighbours.
-    order = np.argsort(members)
-    members, first = members[order], first[order]
-    size = view.pages.block_size
+def visible(
+    spec: AttentionSpec, query_at: npt.NDArray[np.int64], key_at: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Return which query position sees which key position."""
+    ahead = key_at - query_at
+    left, right = spec.window
+    seen = ahead <= 0 if spec.causal else np.ones(ahead.shape, np.bool_)
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    return seen
+
+
+def _folds(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], n: int, limits: Limits) -> list[Fold]:
+    size, left = view.pages.block_size, spec.window[0]
     lens = view.kv_lens[members].astype(np.int64)
-    widths = lens - first
-    count = -(-int(widths.max()) // size)
-    at = first[:, None] // size + np.arange(count)
-    inside = at * size < lens[:, None]
-    table = view.pages.block_table[members].astype(np.int64)
-    blocks = np.where(inside, np.take_along_axis(table, np.minimum(at, table.shape[1] - 1), axis=1), 0)
-    begins = view.query_start_loc[members].astype(np.int64)
-    together = len(members) == 1 or bool((np.diff(begins) == n).all())
+    first = np.maximum(lens - n - left, 0) // size if left >= 0 else np.zeros_like(lens)
+    used = -(-lens // size) - first
+    stored = 4  # bytes of an element while it is computed with; half of them for 16-bit types, which is near enough
+    block_bytes = stored * size * spec.num_kv_heads * (spec.head_size + spec.value_head_size)
+    room, spare = max(limits.chunk_bytes // block_bytes, 1), limits.call_bytes // block_bytes
+    most = int(used.max())
+    if most * len(members) <= room and most * len(members) - int(used.sum()) <= spare:
+        return [_fold(spec, view, members, first, used, n)]
+    order = np.argsort(used, kind="stable")
+    found, start = [], 0
+    counts = used[order].tolist()
+    for i in range(1, len(counts) + 1):
+        closed = i == len(counts)
+        if not closed:
+            taller = (i - start) * (counts[i] - counts[i - 1])
+            closed = taller > spare or (i + 1 - start) * counts[i] > room
+        if closed:
+            part = np.sort(order[start:i])
+            found.append(_fold(spec, view, members[part], first[part], used[part], n))
+            start = i
+    return found
+
+
+def _fold(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], first: I64, used: I64, n: int) -> Fold:
+    size, tables = view.pages.block_size, view.pages.block_table
+    column = np.arange(int(used.max()))
+    at = first[:, None] + np.where(column < used[:, None], column, 0)
+    starts = view.query_start_loc[members].astype(np.int64)
     rows: slice | I64
-    rows = slice(int(begins[0]), int(begins[-1]) + n) if together else (begins[:, None] + np.arange(n)).ravel()
-    same = bool((lens == lens[0]).all())
-    begin, end = 0, int(widths.max())
-    if same and n == 1 and spec.window[0] >= 0:
-        begin = max(int(lens[0]) - 1 - spec.window[0], 0) - int(first[0])
-    # One query per sequence, at its last key: all that is gathered is seen, whatever the mask's rules.
-    masked = not same or (n > 1 and (spec.causal or spec.has_window))
-    tokens = np.arange(count * size)
-    padding = np.flatnonzero((tokens >= widths[:, None]).ravel()) if not same else np.zeros(0, np.int64)
-    return Group(members, rows, n, first, lens, blocks, begin, end, padding, masked)
+    if len(members) == 1 or bool((np.diff(starts) == n).all()):
+        rows = slice(int(starts[0]), int(starts[-1]) + n)
+    else:
+        rows = (starts[:, None] + np.arange(n)).ravel()
+    ends = view.kv_lens[members].astype(np.int64) - first * size
+    begins = np.zeros_like(ends)
+    if spec.window[0] >= 0:
+        begins = np.maximum(ends - n - spec.window[0], 0)
+    alike = bool((ends == ends[0]).all() and (begins == begins[0]).all())
+    # A lone query is at the last key: what it sees is one stretch. Several see different stretches.
+    masked = not alike or (n > 1 and (spec.causal or spec.has_window))
+    begin, end = (int(begins[0]), int(ends[0])) if alike else (0, len(column) * size)
+    table = tables[members[:, None], at].astype(np.int64)
+    return Fold(rows, n, table, used, ends, begin, end, masked)
+
+
+def _written_whole(view: BatchView) -> npt.NDArray[np.bool_]:
+    """Return which sequences have all of their tokens in this step, none of them with slot -1."""
+    new = np.diff(view.new_start_loc)
+    whole: npt.NDArray[np.bool_] = (new == view.kv_lens) & (new > 0)
+    if not view.pages.writes_all:
+        missing = np.concatenate([[0], np.cumsum(view.pages.slot_mapping < 0)])
+        whole &= missing[view.new_start_loc[1:]] == missing[view.new_start_loc[:-1]]
+    return whole
+
+
+def _long(spec: AttentionSpec, view: BatchView, s: int, *, per_head: bool, square: bool, direct: bool) -> Long:
+    start, stop = view.query_start_loc[s : s + 2].tolist()
+    n, length = stop - start, int(view.kv_lens[s])
+    before = length - n
+    left, right = spec.window
+    right = 0 if spec.causal else right
+    # A side of the window that reaches beyond every key is open.
+    left, right = (-1 if reach >= length - 1 else reach for reach in (left, right))
+    first = 0
+    if left >= 0 and not direct:
+        first = max(before - left, 0) // view.pages.block_size * view.pages.block_size
+    tiles = tuple(
+        tile._replace(low=tile.low - first, high=tile.high - first, anchor=tile.anchor - first)
+        for tile in _tiles(n, before, length, left, right, spec.num_heads if per_head else 1, square and not per_head)
+    )
+    table = None
+    if not direct:
+        size = view.pages.block_size
+        last = max(tile.high for tile in tiles) + first
+        table = view.pages.block_table[s, first // size : -(-last // size)].astype(np.int64)
+    return Long(slice(start, stop), table, slice(*view.new_start_loc[s : s + 2].tolist()), tiles)
+
+
+def _tiles(n: int, before: int, length: int, left: int, right: int, heads: int, square: bool) -> list[Tile]:
+    if left < 0 and right < 0 and (heads == 1 or n * length * heads <= _TILE_ELEMENTS):
+        return [Tile(0, n, 0, length, length - 1, False, False)]
+    if square and left < 0 and right == 0 and before == 0:
+        return [Tile(0, n, 0, n, n - 1, False, True)]
+    reach = length if left < 0 else min(length, left + max(right, 0) + _TILE_TOKENS)
+    tokens = min(max(_TILE_ELEMENTS // (heads * reach), 16), _TILE_TOKENS)
+    tiles = []
+    for a in range(0, n, tokens):
+        b = min(a + tokens, n)
+        low = max(before + a - left, 0) if left >= 0 else 0
+        high = min(before + b + right, length) if right >= 0 else length
+        # Only one query, or none of whom sees beyond what all see.
+        masked = (left >= 0 and before + b - 1 - left > low) or (right >= 0 and before + a + 1 + right < high)
+        tiles.append(Tile(a, b, low, high, before + b - 1, masked, False))
+    return tiles

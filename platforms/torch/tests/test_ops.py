@@ -104,3 +104,65 @@ def test_a_batch_that_was_changed_in_place_is_planned_anew() -> None:
     second = ops.paged_attention(**given)
     assert not torch.equal(first[3], second[3])
     assert np.isfinite(second.numpy()).all()
+
+
+def test_a_batch_whose_memory_is_filled_anew_is_planned_anew() -> None:
+    """As from NumPy, where torch sees no change; in inference mode, where it counts none."""
+    lens = np.array([3, 20], np.int32)
+    with torch.inference_mode():
+        given = step() | {"seq_lens": torch.from_numpy(lens)}
+        first = ops.paged_attention(**given)
+        lens[1] = 19
+        given["slot_mapping"][3] = 2 * B + 2
+        second = ops.paged_attention(**given)
+    assert not torch.equal(first[3], second[3])
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_caches_and_a_layer_that_reads_them_alone(stored: torch.dtype) -> None:
+    given = step() | {"k_scale": 0.03, "v_scale": 0.04}
+    for name in ("key_cache", "value_cache"):
+        given[name] = torch.zeros(given[name].shape, dtype=stored)
+    out = ops.paged_attention(**given)
+    assert given["key_cache"].view(torch.uint8).any()
+    assert torch.equal(ops.paged_attention(**(given | {"k": None, "v": None})), out)
+    if stored == torch.int8:  # the checker itself cannot compare fp8 tensors on a CPU
+        torch.library.opcheck(ops.paged_attention, (), given)
+
+
+def test_cross_attention() -> None:
+    """Keys are an encoder's: written by the first step, read by the next."""
+    given = step()
+    given |= {
+        "k": torch.randn(9, K, D),
+        "v": torch.randn(9, K, D),
+        "seq_lens": torch.tensor([9, 0], dtype=torch.int32),
+        "block_table": torch.tensor([[5, 1], [0, 0]], dtype=torch.int32),
+        "slot_mapping": torch.tensor([5 * B + i if i < B else B for i in range(9)]),
+        "key_start_loc": torch.tensor([0, 9, 9], dtype=torch.int32),
+        "causal": False,
+    }
+    out, lse = ops.paged_attention_lse(**given)
+    direct, direct_lse = ops.ragged_attention_lse(
+        given["q"], given["k"], given["v"], given["query_start_loc"], D**-0.5, key_start_loc=given["key_start_loc"]
+    )
+    torch.testing.assert_close(out, direct)
+    torch.testing.assert_close(lse, direct_lse)
+    assert not out[3].any()
+    assert lse[3].isneginf().all()
+    nothing = {"k": None, "v": None, "key_start_loc": torch.zeros(3, dtype=torch.int32)}
+    nothing["slot_mapping"] = torch.zeros(0, dtype=torch.int64)
+    assert torch.equal(ops.paged_attention(**(given | nothing)), out)
+
+
+@pytest.mark.parametrize("op", [ops.ragged_attention, ops.ragged_attention_lse], ids=["out", "lse"])
+@pytest.mark.parametrize("extra", EXTRAS, ids=lambda extra: "+".join(extra) or "plain")
+def test_without_a_cache(op: Any, extra: dict[str, Any]) -> None:
+    q, k, v = torch.randn(30, H, D), torch.randn(30, K, D), torch.randn(30, K, D)
+    arguments = (q, k, v, torch.tensor([0, 1, 1, 30], dtype=torch.int32), D**-0.5)
+    torch.library.opcheck(op, arguments, extra)
+    if not extra:
+        wide = [x[1:].transpose(0, 1)[None].repeat_interleave(H // x.shape[1], 1) for x in (q, k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*wide)[0].transpose(0, 1)
+        out = op(*arguments)
+        torch.testing.assert_close((out[0] if isinstance(out, tuple) else out)[1:], expected)

@@ -116,9 +116,11 @@ def test_a_plan_copies_its_indices_once() -> None:
     plan = attn.plan(ad.AttentionMetadata.build([1], [40], [[0, 1]]))
     x = [torch.randn(1, heads, 32) for heads in (6, 2, 2)]
     attn.run(plan, *x, cache)
-    prepared = plan.on_device[torch.device("cpu")]
+    prepared = dict(plan.steps)
     attn.run(plan, *x, cache)
-    assert plan.on_device == {torch.device("cpu"): prepared}
+    attn.run(plan, *x, cache, return_lse=True)
+    assert plan.steps == prepared
+    assert len({id(step) for step in prepared.values()}) == 1
 
 
 def test_tensors_that_want_a_gradient_are_taken_as_they_are() -> None:
