@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,14 @@ from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Ver
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, CacheLayout, KVCache, LayerParameters
 from attn_dispatch.contract.arrays import library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
-from attn_dispatch.errors import ArrayError, CacheError, MissingPackageError
+from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, MissingPackageError
 
 from . import simulator
 from .cache import FunctionalCache
-from .layouts import PAGES, pages_layout
+from .kernels import Kernel, choose_kernel
+from .layouts import PAGES
+from .options import StepOptions, step_options
 from .planning import pack
-from .tiles import LANES, choose_tiles, pad_heads
-from .verdicts import refusals
-
-if TYPE_CHECKING:
-    from .step import StepOptions
 
 __all__ = ["PallasBackend", "PallasPlan"]
 
@@ -40,7 +37,6 @@ _OLD_GENERATIONS = ("v2", "v3", "v2 or v3")
 _TOKEN_FLOOR = 16
 # A program takes seconds to compile for the simulator and next to nothing to run: few sizes.
 _SIMULATED_TOKEN_FLOOR = 256
-_SIMULATED_BLOCK_TOKENS = 64
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -49,7 +45,7 @@ class PallasPlan(Plan):
 
     Attributes:
         options: what the step's program is compiled for; None for a step without tokens.
-        batch: i32 on the device, `StepOptions.packed_sizes`.
+        batch: i32 on the device, `BatchShape.parts`.
     """
 
     options: StepOptions | None
@@ -89,14 +85,20 @@ class PallasBackend(Backend):
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Hold the spec against what the kernel is compiled for."""
-        found = tuple(refusals(spec))
-        if found:
+        kernel, found = choose_kernel(spec)
+        if kernel is None:
             return self.refuse(*found)
         return self.accept("runs in the simulator, on the CPU: for checking, not for speed" if self.simulated else "")
 
     def layout(self, spec: AttentionSpec) -> CacheLayout:
-        """Joint pages, padded to the kernel's tiles."""
-        return pages_layout(spec.geometry, pad_heads(spec).kv_heads, LANES)
+        """Joint pages, padded to the tiles of the kernel that runs the spec."""
+        return self._kernel(spec).layout(spec)
+
+    def _kernel(self, spec: AttentionSpec) -> Kernel:
+        kernel, found = choose_kernel(spec)
+        if kernel is None:
+            raise BackendRefusedError(f"{self.name} was asked for {spec}, which it refuses: {self.refuse(*found)}")
+        return kernel
 
     def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
         """Return a zeroed JAX array. Devices are named as JAX does: "tpu:0", "cpu"."""
@@ -139,33 +141,13 @@ class PallasBackend(Backend):
         """
         import jax.numpy as jnp
 
-        from .step import StepOptions
-
         view, simulated = metadata.view(spec.kind), self.simulated
         if not view.num_tokens:
             return PallasPlan(spec=spec, view=view, options=None, batch=None)
-        batch = pack(spec, view, _SIMULATED_TOKEN_FLOOR if simulated else _TOKEN_FLOOR)
-        tiles, padding = choose_tiles(spec, batch.pages_per_seq, batch.tokens), pad_heads(spec)
-        pages = min(tiles.pages, max(1, min(4, _SIMULATED_BLOCK_TOKENS // spec.block_size))) if simulated else tiles.pages
-        options = StepOptions(
-            heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            value_size=spec.value_head_size,
-            padded_kv_heads=padding.kv_heads,
-            group=padding.group,
-            cache_dtype=spec.kv_cache_dtype,
-            scale=spec.scale,
-            window=spec.window[0] + 1 if spec.window[0] >= 0 else None,
-            soft_cap=spec.logits_soft_cap,
-            tokens=batch.tokens,
-            sequences=batch.sequences,
-            pages_per_seq=batch.pages_per_seq,
-            tile_pages=pages,
-            tile_queries=tiles.queries,
-            masks_rows=batch.masks_rows,
-            simulated=str(simulator.mode()) if simulated else "",
-        )
+        kernel = self._kernel(spec)
+        floor = _SIMULATED_TOKEN_FLOOR if simulated else _TOKEN_FLOOR
+        batch = pack(spec, view, fused=kernel.fused, token_floor=floor)
+        options = step_options(kernel, spec, batch.shape, str(simulator.mode()) if simulated else "")
         return PallasPlan(spec=spec, view=view, options=options, batch=jnp.asarray(batch.integers))
 
     def run(
@@ -226,16 +208,16 @@ class PallasBackend(Backend):
         spec, options, rows = plan.spec, plan.options, plan.num_tokens
         if options is None:
             return jnp.zeros((0, spec.num_heads, spec.value_head_size), q.dtype), pages
-        scales = layer.made((self.name, "scales"), lambda: np.array([layer.k_scale, layer.v_scale], np.float32))
-        padded = [None if x is None else exchange.with_rows(x, options.tokens) for x in (q, k, v)]
+        numbers = layer.made((self.name, "numbers"), lambda: _numbers(layer, spec.num_heads))
+        size = options.batch.tokens
+        padded = [None if x is None else exchange.with_rows(x, size) for x in (q, k, v)]
+        how = {"options": options, "scaled": layer.scaled}
         with simulator.running() if options.simulated else nullcontext():
             if k is None:
-                out = step.attend(pages, padded[0], plan.batch, scales, options=options, scaled=layer.scaled)
+                out = step.attend(pages, padded[0], plan.batch, numbers, **how)
             else:
-                out, pages = step.attend_and_write(
-                    pages, *padded, plan.batch, scales, options=options, scaled=layer.scaled
-                )
-        return (out if rows == options.tokens else out[:rows]), pages
+                out, pages = step.attend_and_write(pages, *padded, plan.batch, numbers, **how)
+        return (out if rows == size else out[:rows]), pages
 
     # Moving blocks: as the base class does it, but each makes new arrays of what it was given.
 
@@ -284,3 +266,9 @@ class PallasBackend(Backend):
         device = self._device(None if cache.device == "cpu" and self.simulated else cache.device)
         arrays = {name: jax.device_put(array, device) for name, array in made.items()}
         return FunctionalCache(self, cache.geometry, layout, cache.num_blocks, arrays, cache.device)
+
+
+def _numbers(layer: LayerParameters, heads: int) -> npt.NDArray[np.float32]:
+    """Return what a layer owns as one vector: k_scale, v_scale, sinks."""
+    sinks = np.zeros(heads, np.float32) if layer.sinks is None else layer.sinks
+    return np.concatenate([np.array([layer.k_scale, layer.v_scale], np.float32), sinks])

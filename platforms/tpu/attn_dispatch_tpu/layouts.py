@@ -1,8 +1,8 @@
 """The cache layout of the TPU's kernels: keys and values side by side, padded to what the hardware's tiles hold.
 
-A page is `[B, 2 * K', 128]`: heads K0, V0, K1, V1... of one token on neighbouring rows, so that one DMA brings both.
-`K'` and the last axis are the spec's heads and head size rounded up to what the kernel can address. What is added is
-zero, is never read back, and adds nothing to a score or an output: padding is exact.
+A page of the plain kernel is `[B, 2 * K', 128]`: rows K0, V0, K1, V1... of one token are neighbours, so that one DMA
+brings both. `K'` and the last axis are the spec's heads and head size rounded up to what the kernel can address. What is
+added is zero, is never read back, and adds nothing to a score or an output: padding is exact.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PAGES = "pages"
 
 @dataclass(frozen=True)
 class PagesLayout(CacheLayout):
-    """Joint pages of padded heads.
+    """Joint pages of padded heads. In memory they are `[N, B, K', 2, lanes]`, whatever axes the array has.
 
     Attributes:
         heads: the cache's key/value heads, K.
-        key_size: D, value_size: Dv.
-        value_size: see key_size.
+        key_size: D.
+        value_size: Dv.
         padded_heads: K', at least K.
-        lanes: the last axis, at least D and Dv.
-        packed: how many of the 2 * K' rows of a token share an axis of their own before the last (1: none do).
+        lanes: elements of a padded head, at least D and Dv.
+        tail: the axes after blocks and tokens as the kernel wants them, `2 * K' * lanes` elements in all.
     """
 
     heads: int = 0
@@ -39,13 +39,11 @@ class PagesLayout(CacheLayout):
     value_size: int = 0
     padded_heads: int = 0
     lanes: int = 128
-    packed: int = 1
+    tail: tuple[int, ...] = ()
 
     def shapes(self, geometry: CacheGeometry, num_blocks: int) -> Mapping[str, tuple[int, ...]]:
-        """Return the physical shape: [N, B, 2K', lanes], or [N, B, 2K' / packed, packed, lanes]."""
-        rows = 2 * self.padded_heads
-        row_axes = (rows,) if self.packed == 1 else (rows // self.packed, self.packed)
-        return MappingProxyType({PAGES: (num_blocks, geometry.block_size, *row_axes, self.lanes)})
+        """Return the physical shape, [N, B, *tail]."""
+        return MappingProxyType({PAGES: (num_blocks, geometry.block_size, *self.tail)})
 
     def block_axis(self, name: str) -> int:
         """Blocks are counted first."""
@@ -57,33 +55,33 @@ class PagesLayout(CacheLayout):
 
     def to_logical(self, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return (key [N, K, B, D], value [N, K, B, Dv]) without the padding."""
-        pages = arrays[PAGES]
-        pages = pages.reshape(*pages.shape[:2], self.padded_heads, 2, self.lanes)
+        pages = self._heads_of(arrays[PAGES])
         key = pages[:, :, : self.heads, 0, : self.key_size]
         value = pages[:, :, : self.heads, 1, : self.value_size]
         return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
 
     def put_logical(self, arrays: Mapping[str, Any], key: Any, value: Any) -> None:
         """Write logical keys and values into host pages; the padding stays as it is."""
-        pages = arrays[PAGES]
-        whole = pages.reshape(*pages.shape[:2], self.padded_heads, 2, self.lanes)  # a view: pages are contiguous
-        whole[:, :, : self.heads, 0, : self.key_size] = key.transpose(0, 2, 1, 3)
-        whole[:, :, : self.heads, 1, : self.value_size] = value.transpose(0, 2, 1, 3)
+        pages = self._heads_of(arrays[PAGES])  # a view: pages are contiguous
+        pages[:, :, : self.heads, 0, : self.key_size] = key.transpose(0, 2, 1, 3)
+        pages[:, :, : self.heads, 1, : self.value_size] = value.transpose(0, 2, 1, 3)
+
+    def _heads_of(self, pages: Any) -> Any:
+        return pages.reshape(*pages.shape[:2], self.padded_heads, 2, self.lanes)
 
 
-def pages_layout(geometry: CacheGeometry, padded_heads: int, lanes: int, packed: int = 1) -> PagesLayout:
-    """Return the layout for caches of this geometry; its name says every padding, so that names stay unique."""
-    name = f"TPU-{geometry.num_kv_heads}x{geometry.head_size}"
+def pages_layout(geometry: CacheGeometry, padded_heads: int, lanes: int, tail: tuple[int, ...]) -> PagesLayout:
+    """Return the layout for caches of this geometry; its name says every number, so that names stay unique."""
+    sizes = f"{geometry.head_size}"
     if geometry.value_head_size != geometry.head_size:
-        name += f"+{geometry.value_head_size}"
-    name += f"-in-{padded_heads}x{lanes}" + (f"-by-{packed}" if packed > 1 else "")
+        sizes += f"+{geometry.value_head_size}"
     return PagesLayout(
-        name=name,
+        name=f"TPU-{geometry.num_kv_heads}x{sizes}-in-{'x'.join(map(str, tail))}",
         arrays=((PAGES, "N B K 2 D"),),
         heads=geometry.num_kv_heads,
         key_size=geometry.head_size,
         value_size=geometry.value_head_size,
         padded_heads=padded_heads,
         lanes=lanes,
-        packed=packed,
+        tail=tail,
     )

@@ -1,17 +1,12 @@
-"""What fits the hardware: padded heads, block sizes for VMEM, page tables for SMEM. No vendor is imported here.
-
-Two facts shape everything: the kernel reads a token's 2K rows as whole tiles, and what one grid step holds (two buffers
-of pages, scores, accumulators) has to fit 16 MiB of VMEM, which every generation from v4 on has for one kernel.
-"""
+"""What fits the hardware: block sizes for VMEM, page tables for SMEM, sizes rounded up. No vendor is imported here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.contract.dtypes import itemsize
 
-__all__ = ["LANES", "SMEM_BYTES", "Padding", "Tiles", "bucket", "choose_tiles", "pad_heads", "page_bytes", "table_bytes"]
+__all__ = ["LANES", "SMEM_BYTES", "VMEM_BYTES", "Step", "Tiles", "align", "bucket", "choose_tiles", "packing", "table_bytes"]
 
 LANES = 128
 """Width of a vector register's row: the last axis of every operand."""
@@ -19,102 +14,103 @@ LANES = 128
 SMEM_BYTES = 1 << 20
 """Scalar memory of a core, v4 to 7x; the page table is copied into it whole."""
 
-PAGE_BYTES_LIMIT = 4 << 20
-"""What two buffered pages may take of VMEM: with more, the scores and accumulators no longer fit beside them."""
+VMEM_BYTES = 14 << 20
+"""What a grid step may take by our estimate: 16 MiB, which every generation has for one kernel, less what the compiler
+needs for itself."""
 
 _SMEM_RESERVED = 24 << 10  # other scalars, and what the compiler keeps for itself
-_SCORE_ROWS = 256  # query rows times group, per grid step: bounds scores and accumulators
+_SCORE_ROWS = 256  # query rows times group, per grid step
+_SCORE_COPIES = 8  # scores, weights, masks and positions that the compiler keeps at once, each float32
 _BLOCK_TOKENS = 512  # keys per grid step
 _MAX_PAGES = 16  # each page of a block is a DMA of its own in the unrolled code; the kernel's authors stop at 16 too
 
 
 @dataclass(frozen=True)
-class Padding:
-    """The heads that the kernel sees.
-
-    Attributes:
-        kv_heads: K', at least K: 2K' rows fill whole tiles of the cache's type.
-        group: G', at least H / K: query heads per key/value head.
-    """
-
-    kv_heads: int
-    group: int
-
-
-@dataclass(frozen=True)
 class Tiles:
-    """What one grid step of the kernel works on."""
+    """What one grid step works on: so many pages, against the queries of so many tokens."""
 
     pages: int
     queries: int
 
 
-def packing(dtype: str) -> int:
-    """Elements of this type in one 32-bit word."""
-    return int(4 // itemsize(dtype))
+@dataclass(frozen=True)
+class Step:
+    """What a grid step's memory depends on.
+
+    Attributes:
+        kv_heads: key/value heads that it takes.
+        group: query heads for each.
+        lanes: elements of a head.
+        block_size: B.
+        dtype: of queries.
+        cache_dtype: of pages.
+    """
+
+    kv_heads: int
+    group: int
+    lanes: int
+    block_size: int
+    dtype: str
+    cache_dtype: str
+
+    def vmem_bytes(self, tiles: Tiles) -> int:
+        """Return our estimate of the VMEM that it takes."""
+        keys, rows = tiles.pages * self.block_size, tiles.queries * self.group
+        row_bytes = self.kv_heads * self.lanes
+        buffers = 2 * keys * 2 * row_bytes * itemsize(self.cache_dtype)
+        queries = 2 * 2 * rows * row_bytes * itemsize(self.dtype)  # in and out, two of each
+        accumulators = rows * (row_bytes + 2 * self.kv_heads * LANES) * 4  # output; largest score and sum
+        return int(buffers + queries + accumulators + _SCORE_COPIES * rows * keys * 4)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the smallest one, one page and one token's queries, fits VMEM."""
+        return self.vmem_bytes(Tiles(1, 1)) <= VMEM_BYTES
 
 
-def _whole_tiles(rows: int, packed: int) -> bool:
-    words, rest = divmod(rows, packed)
-    return not rest and (words in (1, 2, 4, 8) or words % 8 == 0)
-
-
-def _kv_heads_per_step(kv_heads: int, dtype: str) -> int:
-    """Key/value heads that one grid step takes: 8 words of rows where that divides them, else all."""
-    rows = 8 * packing(dtype)
-    return rows // 2 if 2 * kv_heads % rows == 0 else kv_heads
-
-
-def pad_heads(spec: AttentionSpec) -> Padding:
-    """Return the fewest heads, at least the spec's, that the kernel can address."""
-    packed = packing(spec.kv_cache_dtype)
-    kv_heads = spec.num_kv_heads
-    while not _whole_tiles(2 * kv_heads, packed):
-        kv_heads += 1
-    group = spec.group_size
-    # A step's query heads must be all of them, or a multiple of 8 (the last but one axis of a block is tiled by 8).
-    # Where neither holds (float32, one query head for each of eight or more) a second, empty, query head is added.
-    per_step = _kv_heads_per_step(kv_heads, spec.kv_cache_dtype)
-    while per_step != kv_heads and _whole_tiles(per_step * group, packing(spec.dtype)) and per_step * group % 8:
-        group += 1
-    return Padding(kv_heads, group)
-
-
-def page_bytes(spec: AttentionSpec) -> int:
-    """Return the VMEM that the two buffers of one page take."""
-    heads = _kv_heads_per_step(pad_heads(spec).kv_heads, spec.kv_cache_dtype)
-    return int(2 * spec.block_size * 2 * heads * LANES * itemsize(spec.kv_cache_dtype))
-
-
-def choose_tiles(spec: AttentionSpec, pages_per_seq: int, tokens: int) -> Tiles:
+def choose_tiles(step: Step, pages_per_seq: int, tokens: int) -> Tiles:
     """Return block sizes that fit VMEM on every generation (the compile cell holds that against the compiler).
 
     Args:
-        spec: the layer.
+        step: one that `fits`.
         pages_per_seq: width of the page table.
         tokens: rows of q.
     """
-    by_memory = PAGE_BYTES_LIMIT // page_bytes(spec)
-    pages = max(1, min(pages_per_seq, _MAX_PAGES, _BLOCK_TOKENS // spec.block_size, by_memory))
-    rows = _SCORE_ROWS // pad_heads(spec).group
-    queries = 32
-    while queries > max(rows, 1):
+    pages = max(1, min(pages_per_seq, _MAX_PAGES, _BLOCK_TOKENS // step.block_size))
+    queries = min(32, tokens)
+    while queries > 1 and queries * step.group > _SCORE_ROWS:
         queries //= 2
-    return Tiles(pages, min(queries, tokens))
+    # Fewer queries before fewer pages: a step's DMAs hide behind its arithmetic only if they are long.
+    while step.vmem_bytes(Tiles(pages, queries)) > VMEM_BYTES and (pages > 1 or queries > 1):
+        if queries > 8 or pages == 1:
+            queries = max(1, queries // 2)
+        else:
+            pages //= 2
+    return Tiles(pages, queries)
+
+
+def packing(dtype: str) -> int:
+    """Return how many elements of this type are in one 32-bit word."""
+    return int(4 // itemsize(dtype))
+
+
+def align(count: int, step: int) -> int:
+    """Return the next multiple."""
+    return -(-count // step) * step
 
 
 def table_bytes(sequences: int, pages_per_seq: int) -> int:
-    """Return the SMEM that a page table and the lengths take; rows are padded to 128 words."""
-    lengths = 2 * 4 * (-(-(sequences + 1) // 128) * 128)
-    return sequences * (-(-pages_per_seq // 128) * 128) * 4 + lengths + _SMEM_RESERVED
+    """Return the SMEM that a page table and the lengths take; the table's rows are padded to 128 words."""
+    return sequences * align(pages_per_seq, 128) * 4 + 2 * 4 * align(sequences + 1, 128) + _SMEM_RESERVED
 
 
 def bucket(count: int, floor: int, step: int) -> int:
-    """Return the size that a count is rounded up to, so that few programs are compiled: powers of two up to `step`,
-    then multiples of it.
+    """Return what a count is rounded up to, so that few programs are compiled.
+
+    Powers of two from `floor` to `step`, then multiples of `step`.
     """
     if count > step:
-        return -(-count // step) * step
+        return align(count, step)
     size = floor
     while size < count:
         size *= 2
