@@ -62,7 +62,8 @@ def generate(
     folder = models.find_model(model, Console(stderr=True))
     where = device or usable_device(_preferred_device(named))
     began = perf_counter()
-    network, tokenizer = load(folder, number_type or ("float32" if where == "cpu" else "bfloat16"), where)
+    number_type = number_type or ("float32" if where == "cpu" else "bfloat16")
+    network, tokenizer = load(folder, number_type, where, dispatch.settings().num_threads)
     load_s = perf_counter() - began
 
     from attn_dispatch.integrations.engine import Engine

@@ -110,7 +110,7 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     table.add_row("blocks", f"{kv['blocks_allocated']} allocated, {_size(kv['blocks_allocated'] * kv['block_bytes'])}")
     for layer in facts["layers"]:
         table.add_row("layers", Text(f"{layer['layers']} x {layer['spec']}: {layer['backend']}"))
-    verdicts = [Text(str(dispatch.explain(layer.spec))) for layer, _ in cache.attentions]
+    verdicts = [Text(str(dispatch.explain(layer.spec, cache.backend))) for layer, _ in cache.attentions]
     return Group(table, "", *verdicts)
 
 

@@ -253,4 +253,3 @@ class Engine:
         row = self.cache.sequences.add(1)
         self._forward(row, np.ones(1, np.int32), [token], [0], [0])
         self.cache.sequences.remove(row)
-        self.cache.pool.peak = 0

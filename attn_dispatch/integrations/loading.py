@@ -55,13 +55,14 @@ def usable_device(wanted: str) -> str:
     return wanted if module is not None and module.is_available() else "cpu"
 
 
-def load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
+def load(folder: Path, dtype: str, device: str, num_threads: int | None = None) -> tuple[Any, Any]:
     """Return the model, ready for a `PagedCache`, and its tokenizer.
 
     Args:
         folder: a transformers model folder.
         dtype: "float32", "bfloat16"...
         device: as torch names it.
+        num_threads: of torch on the CPU, in the whole process (None: as many as it would take).
 
     Raises:
         MissingPackageError: torch or transformers is not installed.
@@ -73,6 +74,8 @@ def load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     from attn_dispatch.integrations.transformers import NAME, register
 
     register()
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True

@@ -19,7 +19,7 @@ from attn_dispatch.contract import AttentionSpec, KVCache
 from attn_dispatch.contract.pages import I32
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
 from attn_dispatch.errors import CacheError, ModelError, PlanError
-from attn_dispatch.integrations.blocks import BlockPool
+from attn_dispatch.integrations.blocks import GrowingPool
 from attn_dispatch.integrations.layer_spec import layer_parameters, layer_spec
 from attn_dispatch.integrations.padding import Columns
 from attn_dispatch.integrations.paged_layer import BoundLayer, PagedLayer, PagedStep
@@ -77,7 +77,7 @@ class PagedCache(Cache):  # type: ignore[misc]
                 "attention only"
             )
         super().__init__(layers=[PagedLayer(self, i) for i in range(config.num_hidden_layers)])
-        self.pool = BlockPool(num_blocks or _FIRST_BLOCKS, grows=num_blocks is None)
+        self.pool = GrowingPool(_FIRST_BLOCKS if num_blocks is None else num_blocks, grows=num_blocks is None)
         self.sequences = Sequences(block_size, self.pool)
         self.backend = backend
         self.kv_cache_dtype = kv_cache_dtype

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from attn_dispatch.contract import AttentionMetadata
 from attn_dispatch.contract.pages import I32
 from attn_dispatch.errors import CacheError
-from attn_dispatch.integrations.blocks import BlockPool
+from attn_dispatch.integrations.blocks import GrowingPool
 
 __all__ = ["Rows", "Sequences", "StepBatch"]
 
@@ -35,7 +35,7 @@ class Sequences:
         lens: i32[rows], tokens in the cache.
     """
 
-    def __init__(self, block_size: int, pool: BlockPool) -> None:
+    def __init__(self, block_size: int, pool: GrowingPool) -> None:
         self.block_size = block_size
         self.pool = pool
         self._begin()
@@ -78,15 +78,14 @@ class Sequences:
         after = before + new
         wanted = -(-after // np.int32(self.block_size))
         missing = wanted - self._used[rows]
-        shared = self._written_and_shared(rows, before, new) if self.pool.sharing else []
+        shared = self._written_and_shared(rows, before, new) if self.pool.shared else []
         fresh = self.pool.take(int(missing.sum()) + len(shared))
         copy_from, copy_to = [], []
         for row, at in shared:
             copy_from.append(int(self._table[row, at]))
             copy_to.append(fresh.pop())
             self._table[row, at] = copy_to[-1]
-        if copy_from:
-            self.pool.release(np.array(copy_from, np.int32))
+        self.pool.release(copy_from)
         width = int(wanted.max(initial=0))
         if width > self._table.shape[1]:
             more = max(width, 2 * self._table.shape[1]) - self._table.shape[1]
@@ -114,7 +113,7 @@ class Sequences:
                 continue
             at = length // self.block_size
             block = int(self._table[row, at])
-            holders = left.setdefault(block, int(self.pool.holders[block]))
+            holders = left.setdefault(block, self.pool.holders[block])
             if holders > 1:  # the last one to ask may keep it
                 left[block] = holders - 1
                 found.append((row, at))
@@ -139,8 +138,8 @@ class Sequences:
 
     def _keep(self, rows: Rows, lens: I32) -> None:
         needed = -(-lens // np.int32(self.block_size))
-        spare = [self._table[row, keep : self._used[row]] for row, keep in zip(rows, needed, strict=True)]
-        self.pool.release(np.concatenate(spare) if spare else np.zeros(0, np.int32))
+        for row, keep in zip(rows, needed, strict=True):
+            self.pool.release(self._table[row, keep : self._used[row]].tolist())
         self.lens[rows], self._used[rows] = lens, needed
 
     def select(self, order: Rows) -> None:
@@ -151,11 +150,11 @@ class Sequences:
         """
         if self._vacant or (len(order) and (order.min() < 0 or order.max() >= len(self.lens))):
             raise CacheError(f"rows {order.tolist()} are to be kept of a batch of {self.count} sequences")
-        blocks = [self._table[row, : self._used[row]] for row in range(len(self.lens))]
-        kept = np.concatenate([blocks[row] for row in order]) if len(order) else np.zeros(0, np.int32)
-        all_held = np.concatenate(blocks) if blocks else np.zeros(0, np.int32)
-        self.pool.share(kept)
-        self.pool.release(all_held)
+        blocks = [self._table[row, : self._used[row]].tolist() for row in range(len(self.lens))]
+        for row in order:
+            self.pool.hold(blocks[row])
+        for held in blocks:
+            self.pool.release(held)
         self.lens, self._used, self._table = self.lens[order], self._used[order], self._table[order]
 
     def clear(self) -> None:

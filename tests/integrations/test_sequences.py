@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_dispatch.errors import CacheError
-from attn_dispatch.integrations.blocks import BlockPool
+from attn_dispatch.integrations.blocks import GrowingPool
 from attn_dispatch.integrations.sequences import Sequences
 
 B = 4
 
 
 def test_a_fixed_pool_refuses_all_or_nothing() -> None:
-    pool = BlockPool(3)
+    pool = GrowingPool(3)
     assert pool.take(2) == [0, 1]
     with pytest.raises(CacheError, match="2 blocks are needed and 1 of 3 are free"):
         pool.take(2)
@@ -24,33 +24,21 @@ def test_a_fixed_pool_refuses_all_or_nothing() -> None:
 
 
 def test_a_growing_pool_keeps_the_blocks_that_are_held() -> None:
-    pool = BlockPool(2, grows=True)
+    pool = GrowingPool(2, grows=True)
     first, second = pool.take(2), pool.take(3)
     assert pool.num_blocks == 5
     assert sorted(first + second) == [0, 1, 2, 3, 4]
-    assert pool.peak == 5
-
-
-def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
-    pool = BlockPool(2)
-    block = np.array(pool.take(1), np.int32)
-    pool.share(block)
-    pool.release(block)
-    assert pool.in_use == 1
-    pool.release(block)
-    assert pool.in_use == 0
-    with pytest.raises(CacheError, match="released more often"):
-        pool.release(block)
+    assert pool.in_use == 5
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 1.5])
 def test_a_pool_has_a_whole_number_of_blocks(count: object) -> None:
     with pytest.raises(CacheError, match="num_blocks"):
-        BlockPool(count)  # type: ignore[arg-type]
+        GrowingPool(count)  # type: ignore[arg-type]
 
 
 def test_a_step_that_does_not_fit_changes_nothing() -> None:
-    sequences = Sequences(B, BlockPool(2))
+    sequences = Sequences(B, GrowingPool(2))
     rows = sequences.add(2)
     sequences.extend(rows, np.array([4, 3], np.int32))
     with pytest.raises(CacheError, match="1 blocks are needed and 0 of 2 are free"):
@@ -60,7 +48,7 @@ def test_a_step_that_does_not_fit_changes_nothing() -> None:
 
 
 def test_more_tokens_than_there_are_cannot_be_forgotten() -> None:
-    sequences = Sequences(B, BlockPool(2))
+    sequences = Sequences(B, GrowingPool(2))
     rows = sequences.add(1)
     sequences.extend(rows, np.array([3], np.int32))
     with pytest.raises(CacheError, match="4 tokens are to be removed, it has 3"):
@@ -68,7 +56,7 @@ def test_more_tokens_than_there_are_cannot_be_forgotten() -> None:
 
 
 def test_a_row_of_an_ended_sequence_is_used_again() -> None:
-    sequences = Sequences(B, BlockPool(4))
+    sequences = Sequences(B, GrowingPool(4))
     rows = sequences.add(3)
     sequences.extend(rows, np.array([5, 1, 2], np.int32))
     sequences.remove(rows[:1])
@@ -81,7 +69,7 @@ class Model:
     """The same as lists of tokens, each token a number of its own; `memory` is what a cache would hold."""
 
     def __init__(self) -> None:
-        self.sequences = Sequences(B, BlockPool(1, grows=True))
+        self.sequences = Sequences(B, GrowingPool(1, grows=True))
         self.texts: list[list[int]] = []
         self.memory: dict[int, int] = {}
         self.next = 0
