@@ -122,7 +122,7 @@ class Attention:
                 raise CacheError(f"the cache is {cache!r}; the layer needs {spec.geometry}")
             if plan.highest_block >= cache.num_blocks:
                 plan.view.pages.check_fits(cache.num_blocks)
-            if not plan.view.pages.exist and plan.num_tokens:
+            if not plan.view.pages.exist and plan.view.max_kv_len:
                 raise CacheError("a cache was given, but the batch has no block tables")
             layout = self.backend.layout(spec) if cache.owner is not self.backend else None
             if layout is not None and cache.layout != layout:

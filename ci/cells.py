@@ -6,6 +6,7 @@ A cell is `[[tool.attn-dispatch.ci.cells]]` in `pyproject.toml` (the core's) or 
     needs      hardware without which it is not run: "" | "nvidia" | "amd" | "intel-gpu" | "tpu"
     python     "3.11"
     pins       requirements, exact; the environment is kept under their hash
+    no-deps    requirements, exact, of which only the package itself is wanted
     extras     extras of the distribution itself
     core       extras of attn-dispatch (["conformance"] by default)
     with       other platforms of this repository that are installed beside
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-KEYS = {"name", "needs", "python", "pins", "extras", "core", "with", "any-torch", "commands", "minutes"}
+KEYS = {"name", "needs", "python", "pins", "no-deps", "extras", "core", "with", "any-torch", "commands", "minutes"}
 NEEDS = {"", "nvidia", "amd", "intel-gpu", "tpu"}
 
 
@@ -40,6 +41,7 @@ class Cell:
     needs: str = ""
     python: str = "3.11"
     pins: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     core: tuple[str, ...] = ("conformance",)
     beside: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Cell:
 
     def key(self) -> str:
         """The hash under which its environment is kept."""
-        parts = [self.python, *self.requirements(), *self.constraints(), str(self.any_torch), sys.platform]
+        parts = [self.python, *self.requirements(), *self.alone, *self.constraints(), str(self.any_torch), sys.platform]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -121,6 +123,7 @@ def _cell(file: Path, row: dict[str, Any]) -> Cell:
         needs=row.get("needs", ""),
         python=row.get("python", "3.11"),
         pins=tuple(row.get("pins", ())),
+        alone=tuple(row.get("no-deps", ())),
         extras=tuple(row.get("extras", ())),
         core=tuple(row.get("core", ("conformance",))),
         beside=tuple(row.get("with", ())),

@@ -105,6 +105,8 @@ def _packages(cell: Cell, say: Say) -> Path:
         for pin in torch:
             _install_torch(pip, pin, cell, say)
         _run([*pip, *constraints, *(r for r in cell.requirements() if r not in torch), *torch])
+        if cell.alone:
+            _run([*pip, "--no-deps", *cell.alone])
         # Another checkout may have been faster: whoever renames first wins, the loser's work is thrown away.
         if not final.exists():
             building.rename(final)

@@ -65,6 +65,8 @@ def run_cell(cell: Cell, here: set[str], print_lock: threading.Lock) -> Result:
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
     dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environ = {k: v for k, v in os.environ.items() if k not in dropped} | {"PATH": path}
+    # Cells run side by side: threads that spin while they wait would take each other's cores.
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for command in cell.commands:
         say(command)
         code, output = _command(command, environ, cell.minutes * 60)

@@ -160,6 +160,7 @@ def _batches() -> Iterator[Case]:
     yield Case("no tokens", "empty batch", _spec(), (), ())
     yield Case("a sequence without new tokens", "idle sequence", _spec(), (40, 33, 5), (1, 0, 2))
     yield Case("padding sequence", "padding", _spec(returns_lse=True), (40, 33), (1, 1), padding=1)
+    yield Case("nothing but padding", "padding", _spec(), (), (), padding=2)
     yield Case("padding sequence of 3 without LSE", "padding", _spec(), (40, 0), (1, 9), padding=3)
     yield Case("tokens with slot -1", "slots of -1", _spec(), (40, 20), (9, 12), skipped_slots=True)
     yield Case("decodes first", "mixed", _spec(), (63, 130, 20, 0), (1, 1, 12, 17))
