@@ -241,8 +241,9 @@ class Differential:
         else:
             weight = float(self._lambda)
         out = _cast(first, wide) - weight * _cast(second, wide)
-        scale = (1.0 - self.lambda_init) / module_of(q).sqrt((out * out).mean(-1)[..., None] + self.norm_epsilon)
-        out = out * scale
+        library = module_of(q)
+        mean = library.einsum("tpd,tpd->tp", out, out) / out.shape[2]
+        out = out * ((1.0 - self.lambda_init) / library.sqrt(mean + self.norm_epsilon))[..., None]
         if self.norm_weight is not None:
             out = out * _cast(self.norm_weight, wide)
         return _cast(out, self.spec.dtype).reshape(q.shape)
@@ -285,6 +286,8 @@ def _half(x: Array, side: int) -> Array:
 
 
 def _cast(x: Array, dtype: str) -> Array:
+    if dtype_name(x.dtype) == dtype:
+        return x
     return x.to(getattr(module_of(x), dtype)) if library_of(x) == "torch" else x.astype(numpy_dtype(dtype))
 
 
