@@ -31,7 +31,7 @@ from attn_dispatch_cpu.kernels.softmax import adjust, make_narrow_softmax
 from attn_dispatch_cpu.kernels.vector import LOG2E
 
 MAX_CHUNK = 128  # tokens of one step; a block, or several small ones
-MIN_CHUNK = 64
+MIN_CHUNK = 32
 LN2 = math.log(2.0)
 NEG_INF = -math.inf
 
@@ -87,6 +87,8 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
         q_row = (depth + depth_unit - 1) // depth_unit * depth_unit * q_item
         units = (width + column_unit - 1) // column_unit
         acc_bytes = units * column_unit * 16
+        key_lines = depth * item_bytes * 4 // 64
+        value_lines = width * item_bytes * 4 // 64
         zero_bytes = (width * item_bytes + 127) // 64 * 64
 
         base = (read_i64(job + 8 * J.SCRATCH) + worker * read_i64(job + 8 * J.SCRATCH_BYTES) + 63) // 64 * 64
@@ -231,7 +233,8 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                                    key_factors if key_scales != 0 else 0, flags, scale, cap)  # fmt: skip
                             multiplier = 1.0
                         softmax(scores, tiles, weights, state + 128 * which, factors,
-                                value_factors if value_scales != 0 else 0, multiplier)  # fmt: skip
+                                value_factors if value_scales != 0 else 0, multiplier, keys_next, values_next,
+                                key_lines, value_lines)  # fmt: skip
                         values_tiles(acc + which * acc_bytes, weights, rows_now, tiles, width, factors, values_next)
                 first = last
                 last = ahead_last

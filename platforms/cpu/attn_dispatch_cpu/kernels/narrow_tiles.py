@@ -26,6 +26,7 @@ from attn_dispatch_cpu.kernels.vector import F32, I16, I32, I64, Emit, Value, ve
 ROWS = 4
 TOKENS = 4
 LANES = ROWS * TOKENS
+LATER = 3  # of every 4 lines to fetch, the one that softmax asks for: memory is not to rest while it computes
 UNITS = 4  # f32 units, or pairs of them, that one pass over the values accumulates: 64 columns at 16 lanes
 
 
@@ -91,8 +92,9 @@ def _scores(isa: Isa, kind: int, dot: bool, depth_unit: int, locality: int) -> A
                     if first == 0:
                         # The tile's rows lie side by side: line after line, whatever row it belongs to.
                         start = e.add(ahead, e.mul(i, TOKENS * depth_unit * item))
-                        for line in range(0, TOKENS * depth_unit * item, 64):
-                            e.prefetch(e.add(start, line), locality)
+                        for line in range(TOKENS * depth_unit * item // 64):
+                            if line % 4 != LATER:
+                                e.prefetch(e.add(start, 64 * line), locality)
                 with b.if_then(b.icmp_signed(">", rest, e.index(0)), likely=False):
                     mask = e.lanes_below(rest, depth_unit)
                     step(
@@ -208,8 +210,9 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
             multiply(e, rows, count, sums, at, e.add(weights, e.mul(i, weight_bytes)), mask)
             if fetch:
                 next_tile = e.add(e.load(e.add(ahead, e.mul(i, 8)), I64), e.mul(offset, TOKENS))
-                for line in range(0, TOKENS * count * column_unit * item, 64):
-                    e.prefetch(e.add(next_tile, line), locality)
+                for line in range(TOKENS * count * column_unit * item // 64):
+                    if line % 4 != LATER:
+                        e.prefetch(e.add(next_tile, 64 * line), locality)
         for place, slot in sums.items():
             e.store(b.load(slot), places[place])
 

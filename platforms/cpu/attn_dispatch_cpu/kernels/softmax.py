@@ -11,7 +11,7 @@ from typing import Any
 from numba import float32, int64, void
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels.vector import F32, I32, LOG2E, Emit, Value, vec
+from attn_dispatch_cpu.kernels.vector import F32, I32, I64, LOG2E, Emit, Value, vec
 
 L = 16
 ROW = vec(F32, L)
@@ -100,14 +100,19 @@ def rescale(e: Emit, state: Value, peak: Value) -> tuple[Value, Value]:
 
 
 def make_narrow_softmax(dot: bool) -> Any:
-    """Build (scores, tiles, weights, state, factors, token_scales, multiplier): weights are bf16 if `dot`, else f32."""
+    """Build the intrinsic of narrow tiles; weights are bf16 if `dot`, else f32.
+
+    Its last four arguments are tables of the key and value tiles to fetch, and how many lines each has: of every four
+    lines the products leave one to this, so that memory does not rest meanwhile.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator]
     def softmax(tc: Any, scores: Any, tiles: Any, weights: Any, state: Any, factors: Any, token_scales: Any,
-                multiplier: Any) -> Any:  # fmt: skip
+                multiplier: Any, key_ahead: Any, value_ahead: Any, key_lines: Any, value_lines: Any) -> Any:  # fmt: skip
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e, b = Emit(builder), builder
-            scores, tiles, weights, state, factors, token_scales, multiplier = args
+            scores, tiles, weights, state, factors, token_scales, multiplier = args[:7]
+            tables, key_lines, value_lines = args[7:9], args[9], args[10]
             peak = e.local(ROW, e.const(float("-inf"), L))
             with e.loop(tiles) as i:
                 b.store(e.maximum(e.load(e.add(scores, e.mul(i, 64)), ROW), b.load(peak)), peak)
@@ -124,6 +129,10 @@ def make_narrow_softmax(dot: bool) -> Any:
             with e.loop(tiles) as i:
                 weight = e.exp2(e.fma(e.load(e.add(scores, e.mul(i, 64)), ROW), factor, minus_shift))
                 b.store(b.fadd(b.load(total), weight), total)
+                for table, lines in zip(tables, (key_lines, value_lines), strict=True):
+                    tile = e.load(e.add(table, e.mul(i, 8)), I64)
+                    with e.loop(b.lshr(lines, e.index(2))) as line:
+                        e.prefetch(e.add(tile, e.add(e.mul(line, 256), 192)), 2)
                 if dot:
                     e.store(e.round_bf16_fast(weight), e.add(weights, e.mul(i, 32)))
                 else:
@@ -135,7 +144,7 @@ def make_narrow_softmax(dot: bool) -> Any:
             e.store(b.load(total), total_at)
             return context.get_dummy_value()
 
-        return void(int64, int64, int64, int64, int64, int64, float32), codegen
+        return void(int64, int64, int64, int64, int64, int64, float32, int64, int64, int64, int64), codegen
 
     return softmax
 
