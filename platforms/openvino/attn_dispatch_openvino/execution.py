@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,16 +58,22 @@ class Work:
     Attributes:
         step: what the op is given.
         route: see there.
+        op_writes: the op is to write the step's keys and values.
+        plain: all rows, nothing to put back, nothing to write again.
         frame_key: which frame it fits.
         tree: the op's mask among new tokens, if it has one.
         old_slots: where each row's key lies, for releases that cannot but write.
+        frame: the frame that was last used, and the thread that it belongs to.
     """
 
     step: Step
     route: Route
+    op_writes: bool
+    plain: bool
     frame_key: tuple[object, ...]
     tree: tuple[Arrays, Arrays] | None = None
     old_slots: npt.NDArray[np.int64] | None = None
+    frame: tuple[int, Any] = (-1, None)
 
 
 class _OwnPages(threading.local):
@@ -92,6 +99,7 @@ class Executor:
         self._own_pages = _OwnPages()
         self._routes: dict[tuple[object, ...], Route] = {}
         self._lock = threading.Lock()
+        self._nothing: Any = object()  # the work of a plan in which no row attends to anything
 
     def run(
         self,
@@ -106,12 +114,16 @@ class Executor:
         """Write the step's keys and values (the op does, if the plan says so), then attend."""
         if cache is None:
             return self._run_without_cache(plan, q, k, v, layer, out)
-        work: Work | None = plan.work
-        if work is None and plan.step is not None:
-            work = plan.work = self._work(plan, plan.spec, plan.step, plan.op_writes)
-        if k is not None and not plan.op_writes and plan.view.pages.writes:
-            _write(cache, as_numpy(k), as_numpy(v), plan.view.pages.slot_mapping)
+        work = plan.work
         if work is None:
+            if plan.step is not None:
+                work = plan.work = self._work(plan, plan.spec, plan.step, plan.op_writes)
+            else:
+                work = plan.work = self._nothing
+        if not plan.op_writes and k is not None and plan.view.pages.writes:
+            with self._binding(cache).lock:
+                _write(cache, as_numpy(k), as_numpy(v), plan.view.pages.slot_mapping)
+        if work is self._nothing:
             return _zeros(plan, q, out)
         return self._attend(work, q, k, v, cache, layer, out)
 
@@ -125,7 +137,7 @@ class Executor:
         for name, tensor in tensors.items():
             cache.arrays[name] = tensor.data
             cache.arrays[name][...] = 0
-        cache.bound[self._name] = Binding((tensors["key"], tensors["value"]), cache.arrays["value"])
+        cache.bound[self._name] = Binding((tensors["key"], tensors["value"]), self._cleared(cache))
 
     def _run_without_cache(
         self, plan: PagedPlan, q: Array, k: Array | None, v: Array | None, layer: LayerParameters, out: Array | None
@@ -177,7 +189,8 @@ class Executor:
             if plan.tree is not None
             else (route.serial, len(step.past_lens), len(step.blocks), step.num_rows)
         )
-        return Work(step, route, frame_key, plan.tree, old_slots)
+        plain = step.rows is None and not step.tails and old_slots is None
+        return Work(step, route, writes, plain, frame_key, plan.tree, old_slots)
 
     def _attend(
         self,
@@ -189,57 +202,89 @@ class Executor:
         layer: LayerParameters,
         out: Array | None,
     ) -> Array:
-        step, route, total = work.step, work.route, len(q)
-        binding = cache.bound.get(self._name)
+        binding: Any = cache.bound.get(self._name)
         if binding is None:
-            binding = self._bind(cache)
-        request: BoundRequest | None = binding.requests.get((route, layer))  # type: ignore[attr-defined]
+            binding = self._binding(cache)
+        request = binding.requests.get((work.route, layer))
         if request is None:
-            request = _new_request(route, binding, layer)  # type: ignore[arg-type]
-        if not route.program.writes:
+            request = _new_request(work.route, binding, layer)
+        owner, frame = work.frame
+        if owner != get_ident() or frame.step is not work.step:
+            frame = self._frame(work)
+        if not work.op_writes:
             k = v = None
-        elif work.old_slots is not None:
-            k, v = (as_library(x, library_of(q)) for x in _stored(cache, work.old_slots, route.program.dtype))
-        rows = step.rows
-        if rows is not None:
-            q = q[rows]
-            if k is not None and work.old_slots is None:
-                k, v = k[rows], v[rows]  # type: ignore[index]
-        frame = self._frames.get(work.frame_key, route.program, step, work.tree)
-        if not frame.staged:
-            found = _attend_in_place(request, frame, work, q, k, v, out if rows is None else None)
-        elif type(q) is np.ndarray:
-            with request.lock:
+        if not (work.plain and frame.staged):
+            return self._attend_otherwise(work, request, frame, q, k, v, cache, out)
+        # The hot path, a decode step: every line of it is paid once per layer and token.
+        with request.lock:
+            if request.frame is not frame:
                 request.attach(frame)
+            if type(q) is np.ndarray:
                 frame.q[...] = q
                 if k is not None:
                     frame.k[...] = k
                     frame.v[...] = v
-                request.infer(step)
-            if rows is None and out is not None:
+                request.infer(None, False, True)  # no arguments, outputs shared: nothing is looked at or copied
+                if out is None:
+                    return frame.out.copy()
                 out[...] = frame.out
                 return out
-            found = frame.out.copy()
-        else:
-            found = _attend_torch(request, frame, step, q, k, v, out if rows is None else None)
+            frame.take_torch(q, k, v)
+            request.infer(None, False, True)
+            return frame.give_torch(out)
+
+    def _attend_otherwise(
+        self,
+        work: Work,
+        request: BoundRequest,
+        frame: Frame,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache,
+        out: Array | None,
+    ) -> Array:
+        """Everything else: torch, prefills in place, padding, tails that are put back, rows that are written again."""
+        rows, total, library = work.step.rows, len(q), library_of(q)
+        if rows is not None:
+            q = q[rows]
+            if k is not None and v is not None:
+                k, v = k[rows], v[rows]
+        if work.old_slots is not None:
+            k, v = (as_library(x, library) for x in _stored(cache, work.old_slots, work.route.program.dtype))
+        attend = _attend_staged if frame.staged else _attend_in_place
+        found = attend(request, frame, work, q, k, v, out if rows is None else None)
         if rows is None:
             return found
         if out is None:
             shape = (total, *found.shape[1:])
-            out = as_library(np.zeros(shape, numpy_dtype(route.program.dtype)), library_of(found))
+            out = as_library(np.zeros(shape, numpy_dtype(work.route.program.dtype)), library)
         else:
             out[...] = 0
         out[rows] = found
         return out
 
-    def _bind(self, cache: KVCache) -> Binding:
+    def _frame(self, work: Work) -> Frame:
+        """Return this thread's frame for a step, with its numbers in it."""
+        frame = self._frames.get(work.frame_key, work.route.program, work.step, work.tree)
+        work.frame = (get_ident(), frame)
+        return frame
+
+    def _binding(self, cache: KVCache) -> Binding:
+        found = cache.bound.get(self._name)
+        if isinstance(found, Binding):
+            return found
         if device_name() != "CPU":
             raise CacheError(
                 f"{cache!r} is not of memory that the GPU shares: allocate it while ATTN_DISPATCH_OPENVINO_DEVICE is set"
             )
-        binding = cache.bound.setdefault(self._name, Binding(cache_tensors(cache), cache.arrays_as("numpy")["value"]))
+        binding = cache.bound.setdefault(self._name, Binding(cache_tensors(cache), self._cleared(cache)))
         assert isinstance(binding, Binding)
         return binding
+
+    def _cleared(self, cache: KVCache) -> tuple[Arrays, ...]:
+        arrays = cache.arrays_as("numpy")
+        return (arrays["key"], arrays["value"]) if self._release.clears_keys else (arrays["value"],)
 
 
 def _new_request(route: Route, binding: Binding, layer: LayerParameters) -> BoundRequest:
@@ -253,24 +298,25 @@ def _new_request(route: Route, binding: Binding, layer: LayerParameters) -> Boun
     return binding.requests.setdefault((route, layer), made)
 
 
-def _attend_torch(
-    request: BoundRequest, frame: Frame, step: Step, q: Array, k: Array | None, v: Array | None, out: Array | None
+def _attend_staged(
+    request: BoundRequest, frame: Frame, work: Work, q: Array, k: Array | None, v: Array | None, out: Array | None
 ) -> Array:
-    own_q, own_k, own_v, own_out = frame.torch_views()
+    """Run through the frame's own arrays. Returns an array of q's library."""
     with request.lock:
         request.attach(frame)
-        own_q.copy_(_host(q))
+        if type(q) is not np.ndarray:
+            frame.take_torch(q, k, v)
+            request.infer_step(work.step)
+            return frame.give_torch(out)
+        frame.q[...] = q
         if k is not None:
-            own_k.copy_(_host(k))
-            own_v.copy_(_host(v))
-        request.infer(step)
-    return own_out.clone() if out is None else out.copy_(own_out)
-
-
-def _host(tensor: Array) -> Array:
-    if not tensor.is_cpu:
-        raise ArrayError(f"an array on {tensor.device} cannot be read as host memory; move it to the CPU first")
-    return tensor.detach() if tensor.requires_grad else tensor
+            frame.k[...] = k
+            frame.v[...] = v
+        request.infer_step(work.step)
+        if out is None:
+            return frame.out.copy()
+        out[...] = frame.out
+        return out
 
 
 def _attend_in_place(

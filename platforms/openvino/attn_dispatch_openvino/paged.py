@@ -203,7 +203,7 @@ class PagedBackend(Backend):
                 view,
                 causal=spec.causal,
                 rows_at_once=1 if cross and not release.token_types else None,
-                clears_tails=spec.kv_cache_dtype in ("float32", "bfloat16"),
+                clears_tails=release.clears_keys or spec.kv_cache_dtype in ("float32", "bfloat16"),
             )
         tree = None
         if masks is not None and step is not None:

@@ -40,6 +40,8 @@ class Release:
             the very bits that the cache holds.
         token_types: token types make the new tokens of a sequence see each other (before, they were ignored or wrong).
         trees: a mask among the new tokens is applied.
+        float16_exact: a float16 cache is written with rounding to nearest.
+        clears_keys: what the op clears (see `steps._tails`) is in the keys too, and in caches of every type.
     """
 
     inputs: int
@@ -48,13 +50,15 @@ class Release:
     reads_only: bool = False
     token_types: bool = False
     trees: bool = False
+    float16_exact: bool = True
+    clears_keys: bool = False
 
 
 RELEASES: dict[tuple[int, int], Release] = {
-    (2025, 4): Release(21, window=False, sinks=False),
+    (2025, 4): Release(21, window=False, sinks=False, clears_keys=True),
     (2026, 0): Release(25),
     (2026, 1): Release(26),
-    (2026, 2): Release(28),
+    (2026, 2): Release(28, float16_exact=False),
     (2026, 3): Release(28, reads_only=True, token_types=True, trees=True),
     (2026, 4): Release(28, reads_only=True, token_types=True, trees=True),
 }

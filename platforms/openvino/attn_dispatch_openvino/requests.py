@@ -7,8 +7,10 @@ layers; queries, keys and values when they are small), and a request that is bou
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
+from ctypes import memmove
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from attn_dispatch.contract import KVCache, LayerParameters
-from attn_dispatch.contract.arrays import as_library
+from attn_dispatch.contract import Array, KVCache, LayerParameters
+from attn_dispatch.contract.arrays import as_numpy
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError
 
@@ -67,7 +69,7 @@ class Frame:
     """
 
     __slots__ = (
-        "_longest", "_torch", "k", "lists", "nothing", "out", "output", "q", "shapes", "staged", "step", "tensors", "v",
+        "_addresses", "_longest", "k", "lists", "nothing", "out", "output", "q", "shapes", "staged", "step", "tensors", "v",
     )  # fmt: skip
 
     def __init__(self, program: Program, step: Step, tree: tuple[Arrays, Arrays] | None) -> None:
@@ -93,17 +95,16 @@ class Frame:
         )
         self.shapes = tuple(ov.Shape([rows, heads * size]) for heads, size in sizes)
         self.staged = max(rows * heads * size for heads, size in sizes) * dtype.itemsize <= _STAGED_BYTES
-        self._torch: tuple[Any, ...] | None = None
         if self.staged:
             self.q, self.k, self.v, self.out = (np.zeros((rows, *size), dtype) for size in sizes)
             for name in ("q", "k", "v"):
                 self.tensors[name] = array_tensor(getattr(self, name), self.shapes["qkv".index(name)], p.dtype)
+            self._addresses = [(own, own.ctypes.data) for own in (self.q, self.k, self.v)]
             self.output = array_tensor(self.out, self.shapes[3], p.dtype)
         else:
             # What a request is bound to between calls, so that it does not keep a prefill's arrays alive.
             self.nothing = tuple(
-                array_tensor(np.zeros((0, heads * size), dtype), ov.Shape([0, heads * size]), p.dtype)
-                for heads, size in sizes
+                ov.Tensor(ELEMENT[p.dtype], ov.Shape([0, heads * size])) for heads, size in sizes
             )
 
     def load(self, step: Step) -> None:
@@ -113,11 +114,32 @@ class Frame:
         self._longest[...] = step.longest
         self.step = step
 
-    def torch_views(self) -> tuple[Any, ...]:
-        """Return the staged q, k, v and output as torch tensors over the same memory."""
-        if self._torch is None:
-            self._torch = tuple(as_library(array, "torch") for array in (self.q, self.k, self.v, self.out))
-        return self._torch
+    def take_torch(self, q: Array, k: Array | None, v: Array | None) -> None:
+        """Copy torch's q (and k, v) into the staged arrays.
+
+        Raises:
+            ArrayError: a tensor is not in host memory.
+        """
+        places = self._addresses
+        for tensor, (own, address) in zip((q,) if k is None else (q, k, v), places, strict=False):
+            if tensor.is_cpu and tensor.is_contiguous():
+                # Half of what torch's own copy costs: no dispatch, no gradient, and bfloat16 is bytes like any other.
+                memmove(address, tensor.data_ptr(), own.nbytes)
+            else:
+                own[...] = as_numpy(tensor)
+
+    def give_torch(self, out: Array | None) -> Array:
+        """Return the staged output as a torch tensor: `out`, or a copy."""
+        if out is None:
+            return self._from_numpy(self.out.copy())
+        out.copy_(self._from_numpy(self.out))
+        return out
+
+    def _from_numpy(self, array: Arrays) -> Array:
+        torch = sys.modules["torch"]
+        if array.dtype.kind == "f":
+            return torch.from_numpy(array)
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def _lists(step: Step) -> tuple[Arrays, ...]:
@@ -150,31 +172,38 @@ class Binding:
 
     Attributes:
         tensors: its keys and values, as OpenVINO sees them.
-        value: its values.
+        cleared: the arrays whose tails the op clears (`steps._tails`).
         lock: held while a request is bound and runs. One for all requests of the cache: the op touches more of a
-            cache's values than it says (`steps._tails`), if only for a while.
+            cache than it says (`steps._tails`), if only for a while.
         requests: one per kind of step and layer.
     """
 
     tensors: tuple[Any, Any]
-    value: Arrays
+    cleared: tuple[Arrays, ...]
     lock: threading.Lock = field(default_factory=threading.Lock)
     requests: dict[tuple[object, LayerParameters], BoundRequest] = field(default_factory=dict)
 
 
 class BoundRequest:
-    """An infer request of one layer over one cache: one caller at a time, who holds `lock`."""
+    """An infer request of one layer over one cache: one caller at a time, who holds `lock`.
 
-    __slots__ = ("_dtype", "_frame", "_infer", "_inputs", "_request", "_value", "lock")
+    Attributes:
+        lock: the binding's.
+        frame: what is bound.
+        infer: OpenVINO's `infer(None, share_inputs, share_outputs)`.
+    """
+
+    __slots__ = ("_cleared", "_dtype", "_inputs", "_k", "_q", "_request", "_v", "frame", "infer", "lock")
 
     def __init__(self, model: Model, binding: Binding, scale: float, window: int, layer: LayerParameters) -> None:
         self.lock = binding.lock
-        self._value = binding.value
+        self._cleared = binding.cleared
         self._dtype = model.program.dtype
         self._inputs = model.inputs
+        self._q, self._k, self._v = (self._inputs[name] for name in "qkv")
         self._request = model.new_request()
-        self._infer = self._request.infer
-        self._frame: Frame | None = None
+        self.infer = self._request.infer
+        self.frame: Frame | None = None
         self._set("key_cache", binding.tensors[0])
         self._set("value_cache", binding.tensors[1])
         if model.program.constants is None:
@@ -190,37 +219,41 @@ class BoundRequest:
 
     def attach(self, frame: Frame) -> None:
         """Bind a frame, unless it is bound."""
-        if self._frame is frame:
+        if self.frame is frame:
             return
-        self._frame = None
+        self.frame = None
         for name, tensor in frame.tensors.items():
             self._set(name, tensor)
         if frame.staged:
             self._request.set_output_tensor(0, frame.output)
-        self._frame = frame
+        self.frame = frame
 
-    def infer(self, step: Step) -> None:
-        """Run on what is bound, and put back the values that the op clears."""
-        if step.tails is None:
-            self._infer(None, False, True)  # arguments None, outputs shared: nothing is looked at or copied
+    def infer_step(self, step: Step) -> None:
+        """Run on what is bound, and put back what the op clears."""
+        if not step.tails:
+            self.infer(None, False, True)
             return
-        blocks, offsets = step.tails
-        saved = self._value[blocks, :, offsets]
+        tails = [array[block, :, offset:] for array in self._cleared for block, offset in step.tails]
+        saved = [tail.copy() for tail in tails]
         try:
-            self._infer(None, False, True)
+            self.infer(None, False, True)
         finally:
-            self._value[blocks, :, offsets] = saved
+            for tail, rows in zip(tails, saved, strict=True):
+                tail[...] = rows
 
     def infer_on(self, frame: Frame, step: Step, arrays: tuple[Arrays, Arrays, Arrays, Arrays]) -> None:
         """Run on q, k, v and into an output that are bound for this call alone: contiguous, in any shape."""
-        made = [array_tensor(a, shape, self._dtype) for a, shape in zip(arrays, frame.shapes, strict=True)]
+        bind, bind_output = self._request.set_input_tensor, self._request.set_output_tensor
+        (q, k, v, out), (q_shape, k_shape, v_shape, out_shape) = arrays, frame.shapes
         try:
-            self._bind(made)
-            self.infer(step)
+            bind(self._q, array_tensor(q, q_shape, self._dtype))
+            bind(self._k, array_tensor(k, k_shape, self._dtype))
+            bind(self._v, array_tensor(v, v_shape, self._dtype))
+            bind_output(0, array_tensor(out, out_shape, self._dtype))
+            self.infer_step(step)
         finally:
-            self._bind(frame.nothing)
-
-    def _bind(self, tensors: Any) -> None:
-        for name, tensor in zip("qkv", tensors, strict=False):
-            self._request.set_input_tensor(self._inputs[name], tensor)
-        self._request.set_output_tensor(0, tensors[3])
+            # So that the request does not keep a prefill's arrays alive until the next call.
+            bind(self._q, frame.nothing[0])
+            bind(self._k, frame.nothing[1])
+            bind(self._v, frame.nothing[2])
+            bind_output(0, frame.nothing[3])

@@ -15,6 +15,7 @@ __all__ = ["Step", "own_pages_step", "paged_step", "tree_bias"]
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+Tails = tuple[tuple[int, int], ...]
 Rows = slice | npt.NDArray[np.intp]
 
 
@@ -32,7 +33,7 @@ class Step:
         rows: which rows of q these are; None: all of them, in order.
         num_rows: how many.
         sequences: i64[s], whose blocks they are (indices into the batch); None: the batch's own.
-        tails: (blocks, offsets) of values that the op clears and that are to be put back; see `_tails`.
+        tails: (block, first offset) of what the op clears and is to be put back; see `_tails`.
         parted: a sequence of the batch is several of the op's: its new keys are written before, not by the op.
     """
 
@@ -44,7 +45,7 @@ class Step:
     rows: Rows | None
     num_rows: int
     sequences: npt.NDArray[np.intp] | None
-    tails: tuple[I64, I64] | None = None
+    tails: Tails = ()
     parted: bool = False
 
     def slots(self, view: BatchView, block_size: int) -> I64:
@@ -78,7 +79,7 @@ def paged_step(
         return None
     n, keys = view.query_lens[sequences], view.kv_lens[sequences]
     limit = np.minimum(n, keys if rows_at_once is None else rows_at_once)
-    tails = None
+    tails: Tails = ()
     if clears_tails:
         tails, in_danger = _tails(keys, limit, pages.block_table[sequences], block_size)
         if in_danger is not None:
@@ -108,8 +109,8 @@ def _offsets(lens: npt.NDArray[np.integer]) -> I32:
 
 def _tails(
     keys: I32, rows: npt.NDArray[np.integer], table: I32, block_size: int
-) -> tuple[tuple[I64, I64] | None, npt.NDArray[np.bool_] | None]:
-    """Return the slots whose values the op will clear, as (blocks, offsets), and which sequences must not let it.
+) -> tuple[Tails, npt.NDArray[np.bool_] | None]:
+    """Return what the op will clear, as (block, first offset) pairs, and which sequences must not let it.
 
     Where a sequence has several rows, the op fills the values in its last block that lie beyond its last key with
     zeros, in caches of the type that it computes in, even when it was told not to write. What was there is put back
@@ -120,7 +121,7 @@ def _tails(
     filled = keys - (used - 1) * np.int32(block_size)  # keys in the last block
     clears = (rows > 1) & (filled < block_size)
     if not clears.any():
-        return None, None
+        return (), None
     last = table[np.arange(len(keys)), used - 1]
     # For each block that is cleared from some offset on: the most keys that any sequence has in it.
     blocks, place = np.unique(last[clears], return_inverse=True)
@@ -132,10 +133,8 @@ def _tails(
     in_danger = np.zeros(len(keys), np.bool_)
     in_danger[clears] = most[place] > filled[clears]
     cleared = clears & ~in_danger
-    room = block_size - filled[cleared]
-    offsets = np.arange(int(room.sum())) - np.repeat(np.cumsum(room) - block_size, room)
-    tails = (np.repeat(last[cleared].astype(np.int64), room), offsets.astype(np.int64))
-    return (tails if len(offsets) else None), (in_danger if in_danger.any() else None)
+    tails = dict(zip(last[cleared].tolist(), filled[cleared].tolist(), strict=True))
+    return tuple(tails.items()), (in_danger if in_danger.any() else None)
 
 
 def _rows(view: BatchView, taken: npt.NDArray[np.bool_]) -> Rows | None:
@@ -154,7 +153,7 @@ def _step(
     table: I32,
     rows: Rows | None,
     sequences: npt.NDArray[np.intp] | None,
-    tails: tuple[I64, I64] | None,
+    tails: Tails,
 ) -> Step:
     in_use = np.arange(table.shape[1], dtype=np.int32) < used[:, None]
     ids = table[in_use]

@@ -61,6 +61,8 @@ def _types(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refus
         if not release.reads_only:
             accepts = "this release cannot leave a cache as it is, and rewriting would round again"
             yield Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, _NEWER)
+    elif spec.kv_cache_dtype == "float16" and not release.float16_exact:
+        yield Refusal("kv_cache_dtype", "float16", "this release does not round to nearest", _NEWER)
     if spec.dtype == "bfloat16" and device == "CPU" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
         # OpenVINO lists BF16 among its capabilities there too, and then crashes.
         accepts = "this processor has neither avx512_bf16 nor amx_bf16"

@@ -1,0 +1,171 @@
+"""What `openvino/paged` costs per call over OpenVINO's own `infer()` with every tensor bound already.
+
+Paired in one process: short rounds of the bare request, of the adapter (`backend.run`) and of the public door
+(`Attention.run`, which checks the arrays first) alternate. A machine that is shared only ever adds time, so each side is
+represented by its fastest rounds: the mean between the second and the tenth percentile.
+
+Also shown: the door with the request's `infer()` taken out, which is what is spent in Python and on copying small arrays,
+free of the op's own noise.
+
+    python benchmarks/openvino_overhead.py [--json] [--library torch]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+
+import attn_dispatch as ad
+from attn_dispatch.contract.arrays import as_library
+from attn_dispatch.contract.dtypes import numpy_dtype
+
+BACKEND = "openvino/paged"
+Call = Callable[[], Any]
+
+CASES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
+    # name: (spec, new tokens, tokens after the step)
+    "decode, 1 sequence of 512, 32/8 heads of 128, f32": (
+        {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "dtype": "float32"}, [1], [512]),
+    "decode, 1 sequence of 64, 9/3 heads of 64, f32": (
+        {"num_heads": 9, "num_kv_heads": 3, "head_size": 64, "dtype": "float32"}, [1], [64]),
+    "decode, 4 sequences of 128, 32/8 heads of 128, f32": (
+        {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "dtype": "float32"}, [1] * 4, [128] * 4),
+    "decode, 4 sequences of 128, 32/8 heads of 128, bf16": (
+        {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "dtype": "bfloat16"}, [1] * 4, [128] * 4),
+    "decode, 16 sequences of 64, 9/3 heads of 64, f32": (
+        {"num_heads": 9, "num_kv_heads": 3, "head_size": 64, "dtype": "float32"}, [1] * 16, [64] * 16),
+    "prefill of 7, 9/3 heads of 64, f32": (
+        {"num_heads": 9, "num_kv_heads": 3, "head_size": 64, "dtype": "float32"}, [7], [7]),
+    "prefill of 64, 32/8 heads of 128, f32 (in place)": (
+        {"num_heads": 32, "num_kv_heads": 8, "head_size": 128, "dtype": "float32"}, [64], [64]),
+}  # fmt: skip
+
+
+def _setup(
+    fields: dict[str, Any], new: list[int], lens: list[int], library: str
+) -> tuple[Call, Call, Call, AbstractContextManager[None]]:
+    """Return the bare request's call, the adapter's, the door's, and a context in which their `infer()` does nothing."""
+    spec = ad.AttentionSpec(**fields)
+    if not (verdict := ad.explain(spec, BACKEND).verdicts[0]):
+        raise SystemExit(f"{BACKEND}: {verdict}")
+    attn = ad.attention(spec, BACKEND)
+    used = [-(-n // spec.block_size) for n in lens]
+    ids = iter(np.random.default_rng(0).permutation(sum(used)).tolist())
+    tables = [[next(ids) for _ in range(n)] for n in used]
+    cache = attn.allocate(sum(used))
+    plan = attn.plan(ad.AttentionMetadata.build(new, lens, tables, spec.block_size))
+    rng = np.random.default_rng(1)
+    q, k, v = (
+        as_library(rng.standard_normal((sum(new), heads, size)).astype(numpy_dtype(spec.dtype)), library)
+        for heads, size in (
+            (spec.num_heads, spec.head_size),
+            (spec.num_kv_heads, spec.head_size),
+            (spec.num_kv_heads, spec.value_head_size),
+        )
+    )
+    attn.run(plan, q, k, v, cache)
+
+    # The bare request: a second one of the same compiled model on the same cache, all tensors bound for good.
+    import openvino as ov
+
+    from attn_dispatch_openvino.model import compiled, scalar
+    from attn_dispatch_openvino.requests import Frame, array_tensor, cache_tensors
+
+    work = plan.work  # type: ignore[attr-defined]
+    model, program = compiled(work.route.program), work.route.program
+    request = model.new_request()
+    frame = Frame(program, work.step, None)
+    frame.load(work.step)
+    key, value = cache_tensors(cache)
+    tensors = dict(frame.tensors) | {"key_cache": key, "value_cache": value}
+    tensors |= {"scale": scalar(spec.scale, np.float32), "sliding_window": scalar(0, np.int32)}
+    host = [np.ascontiguousarray(as_library(x, "numpy")) for x in (q, k, v)]
+    out = np.empty((sum(new), spec.num_heads, spec.value_head_size), host[0].dtype)
+    for name, array, shape in zip("qkv", host, frame.shapes[:3], strict=True):
+        tensors[name] = array_tensor(array, shape, spec.dtype)
+    for name, tensor in tensors.items():
+        request.set_input_tensor(model.inputs[name], tensor)
+    request.set_output_tensor(0, array_tensor(out, frame.shapes[3], spec.dtype))
+    assert isinstance(tensors["q"], ov.Tensor)
+    keep = (tensors, host, out)
+
+    def bare() -> Any:
+        return request.infer() if keep else None
+
+    # A large result would be timed as the page faults of its memory: there the caller gives `out`.
+    given = as_library(np.empty_like(out), library) if out.nbytes > 1 << 18 else None
+    own = next(iter(cache.bound[BACKEND].requests.values()))  # type: ignore[attr-defined]
+
+    @contextmanager
+    def empty() -> Iterator[None]:
+        infer, own.infer = own.infer, lambda *_: None
+        try:
+            yield
+        finally:
+            own.infer = infer
+
+    def adapter() -> Any:
+        return attn.backend.run(plan, q, k, v, cache, attn.parameters, given)
+
+    return bare, adapter, lambda: attn.run(plan, q, k, v, cache, out=given), empty()
+
+
+def measure(calls: list[Callable[[], Any]], rounds: int, repeats: int) -> list[list[float]]:
+    """Return the microseconds per call of each, round by round, alternating."""
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, times in zip(calls, found, strict=True):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times.append((time.perf_counter() - start) / repeats * 1e6)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--library", choices=("numpy", "torch"), default="numpy")
+    parser.add_argument("--rounds", type=int, default=300)
+    arguments = parser.parse_args()
+    if arguments.library == "torch":
+        import torch  # noqa: F401  # arrays of a library that has been imported
+    rows = []
+    for name, (fields, new, lens) in CASES.items():
+        bare, adapter, door, empty = _setup(fields, new, lens, arguments.library)
+        times = [_low(each) for each in measure([bare, adapter, door], arguments.rounds, 10)]
+        with empty:
+            (hollow,) = measure([door], arguments.rounds, 10)
+        rows.append(
+            {
+                "case": name,
+                "infer_us": round(times[0], 1),
+                "adapter_over_us": round(times[1] - times[0], 1),
+                "door_over_us": round(times[2] - times[0], 1),
+                "without_infer_us": round(_low(hollow), 1),
+            }
+        )
+    if arguments.json:
+        print(json.dumps({"library": arguments.library, "rows": rows}, indent=2))
+        return
+    columns = list(rows[0])[1:]
+    print(f"{arguments.library:<52}" + "".join(f"{column.removesuffix('_us'):>19}" for column in columns))
+    for row in rows:
+        print(f"{row['case']:<52}" + "".join(f"{row[column]:>16} us" for column in columns))
+
+
+def _low(times: list[float]) -> float:
+    ordered = sorted(times)
+    return statistics.mean(ordered[len(ordered) // 50 : max(len(ordered) // 10, 1)])
+
+
+if __name__ == "__main__":
+    main()
