@@ -83,9 +83,14 @@ class PallasBackend(Backend):
         told = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
         return told == "cpu" or not any(device.kind == "tpu" for device in ad.platform.devices)
 
+    @property
+    def _runs_fused(self) -> bool:
+        """Fused kernels move a number of rows that is not known beforehand: plain interpretation cannot."""
+        return not self.simulated or simulator.moves_memory()
+
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Hold the spec against what the kernel is compiled for."""
-        kernel, found = choose_kernel(spec)
+        kernel, found = choose_kernel(spec, self._runs_fused)
         if kernel is None:
             return self.refuse(*found)
         return self.accept("runs in the simulator, on the CPU: for checking, not for speed" if self.simulated else "")
@@ -95,7 +100,7 @@ class PallasBackend(Backend):
         return self._kernel(spec).layout(spec)
 
     def _kernel(self, spec: AttentionSpec) -> Kernel:
-        kernel, found = choose_kernel(spec)
+        kernel, found = choose_kernel(spec, self._runs_fused)
         if kernel is None:
             raise BackendRefusedError(f"{self.name} was asked for {spec}, which it refuses: {self.refuse(*found)}")
         return kernel

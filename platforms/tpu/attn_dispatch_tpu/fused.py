@@ -81,7 +81,6 @@ def attend(
             *arguments,
             use_causal_mask=options.causal,
             update_kv_cache=new is not None,
-            out_dtype=jnp.float32,  # of the accumulators
             d_block_sizes=(1, keys_per_step, 1, keys_per_step),
             m_block_sizes=(options.tile_queries, keys_per_step, options.tile_queries, keys_per_step),
             **settings,

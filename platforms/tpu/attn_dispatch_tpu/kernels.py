@@ -170,6 +170,9 @@ class Fused(Kernel):
             yield Refusal("sinks", True, "the kernel's softmax has a sink for head_size=64 only")
         if spec.kind == "decoder" and not spec.causal and spec.has_window:
             yield Refusal("window", spec.window, "without causality the kernel has no window")
+        if spec.dtype == "float32" and spec.kv_cache_dtype.startswith("float8"):
+            accepts = "Mosaic does not multiply float32 queries with the kernel's float8 keys"
+            yield Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, "Ask for dtype bfloat16")
         packed = packing(spec.kv_cache_dtype)
         if spec.block_size % packed:
             accepts = f"the kernel's pages of {spec.kv_cache_dtype} hold a multiple of {packed} tokens"
@@ -218,11 +221,16 @@ KERNELS: tuple[Kernel, ...] = (Fused64(), Fused(), Ragged())
 """In order of preference."""
 
 
-def choose_kernel(spec: AttentionSpec) -> tuple[Kernel | None, tuple[Refusal, ...]]:
-    """Return the kernel that runs a spec, or None and why the one that is always there does not."""
+def choose_kernel(spec: AttentionSpec, fused: bool = True) -> tuple[Kernel | None, tuple[Refusal, ...]]:
+    """Return the kernel that runs a spec, or None and why the one that is always there does not.
+
+    Args:
+        spec: the layer.
+        fused: whether fused kernels may be chosen.
+    """
     found: tuple[Refusal, ...] = ()
     for kernel in KERNELS:
-        if kernel.installed():
+        if kernel.installed() and (fused or not kernel.fused):
             found = tuple(kernel.refusals(spec))
             if not found:
                 return kernel, ()

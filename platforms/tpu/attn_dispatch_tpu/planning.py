@@ -88,7 +88,7 @@ def pack(spec: AttentionSpec, view: BatchView, *, fused: bool, token_floor: int)
     total, rows = view.num_tokens, _rows(view, chosen)
     permutes = not np.array_equal(rows, np.arange(len(rows)))
     query_lens, kv_lens = lens[chosen], view.kv_lens[chosen]
-    writes_last = fused and view.pages.writes == len(rows)
+    writes_last = fused and spec.writes_kv and view.pages.writes == len(rows)
     tokens = bucket(max(total, 1), token_floor, 512)
     sequences = bucket(max(len(chosen), 1), 8, 256)
     longest = int(kv_lens.max(initial=1))

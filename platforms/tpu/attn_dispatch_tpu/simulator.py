@@ -17,7 +17,7 @@ from typing import Any
 
 from attn_dispatch.errors import BackendLoadError
 
-__all__ = ["KNOWN_JAX", "mode", "running", "using"]
+__all__ = ["KNOWN_JAX", "mode", "moves_memory", "running", "using"]
 
 KNOWN_JAX = ((0, 10, 2), (0, 13))
 """The versions of JAX whose rules are the ones that are replaced here: from, and up to but without."""
@@ -28,6 +28,11 @@ _mode: ContextVar[Any] = ContextVar("attn_dispatch_tpu_simulator", default=True)
 def mode() -> Any:
     """Return what kernels are interpreted with: True (as plain array operations) or `pltpu.InterpretParams`."""
     return _mode.get()
+
+
+def moves_memory() -> bool:
+    """Whether DMAs are simulated, and so may move a number of rows that is known only when they start."""
+    return _mode.get() is not True
 
 
 @contextmanager
