@@ -107,8 +107,20 @@ def make_narrow_softmax(dot: bool) -> Any:
     """
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def softmax(tc: Any, scores: Any, tiles: Any, weights: Any, state: Any, factors: Any, token_scales: Any,
-                multiplier: Any, key_ahead: Any, value_ahead: Any, key_lines: Any, value_lines: Any) -> Any:  # fmt: skip
+    def softmax(
+        tc: Any,
+        scores: Any,
+        tiles: Any,
+        weights: Any,
+        state: Any,
+        factors: Any,
+        token_scales: Any,
+        multiplier: Any,
+        key_ahead: Any,
+        value_ahead: Any,
+        key_lines: Any,
+        value_lines: Any,
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e, b = Emit(builder), builder
             scores, tiles, weights, state, factors, token_scales, multiplier = args[:7]
