@@ -115,6 +115,8 @@ def main() -> int:
             state = "" if not cell.needs or cell.needs in here else f"  (not run here: needs {cell.needs})"
             print(f"{cell.name:<20} python {cell.python}  {' '.join(cell.pins)}{state}")
         return 0
+    # Those that may take longest begin first.
+    chosen.sort(key=lambda cell: -cell.minutes)
     lock = threading.Lock()
     with ThreadPoolExecutor(max_workers=max(1, options.jobs)) as pool:
         results = list(pool.map(lambda cell: run_cell(cell, here, lock), chosen))
