@@ -103,7 +103,7 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     finished = [facts["finish_reasons"].count(reason) for reason in ("stop", "length")]
     table.add_row("model", Text(f"{facts['model']}, {facts['dtype']} on {facts['device']}"))
     table.add_row("sequences", f"{len(facts['prompts'])}: {finished[0]} ended, {finished[1]} reached the limit")
-    table.add_row("start", f"{times['load_s']:.2f} s to load, {times['warmup_s']:.2f} s for the first forward")
+    table.add_row("start", f"{times['load_s']:.2f} s to load, {times['warmup_s']:.2f} s to warm up")
     table.add_row("steps", f"{times['prefill_steps']} of prompts, {times['decode_steps']} of new tokens")
     held = sum(map(len, facts["prompt_token_ids"])) + sum(map(len, facts["token_ids"]))
     table.add_row("padding", f"none: {held} tokens; a rectangle would hold {kv['padded_tokens']}")

@@ -22,6 +22,8 @@ from attn_dispatch.integrations.sampling import Sampler
 
 __all__ = ["Completion", "Engine", "Run"]
 
+_WARM_UP_TOKENS = 8  # of a prompt: enough to be one
+
 
 @dataclass(slots=True)
 class Completion:
@@ -48,7 +50,7 @@ class Run:
 
     Attributes:
         completions: in the order of the prompts.
-        warmup_s: of the first forward, in which a backend is chosen and its library is imported.
+        warmup_s: of two forwards beforehand, in which backends are chosen, imported and compiled.
         prefill_s, prefill_tokens, prefill_steps: prompts; the first new token of each is part of it.
         decode_s, decode_tokens, decode_steps: every further token.
         blocks_peak: the most blocks that were in use at once.
@@ -142,7 +144,7 @@ class Engine:
         stop = frozenset(stop)
         began = time.perf_counter()
         if run.completions:
-            self._warm_up(run.completions[0].prompt[0])
+            self._warm_up(run.completions[0].prompt)
         run.warmup_s = time.perf_counter() - began
         waiting, running = deque(run.completions), list[Completion]()
 
@@ -249,7 +251,9 @@ class Engine:
             )
         return output.logits[0]
 
-    def _warm_up(self, token: int) -> None:
-        row = self.cache.sequences.add(1)
-        self._forward(row, np.ones(1, np.int32), [token], [0], [0])
-        self.cache.sequences.remove(row)
+    def _warm_up(self, prompt: Sequence[int]) -> None:
+        """Let backends be chosen, imported and compiled: with a piece of a prompt, then with one token."""
+        for piece in (list(prompt[:_WARM_UP_TOKENS]), list(prompt[:1])):
+            row = self.cache.sequences.add(1)
+            self._forward(row, np.array([len(piece)], np.int32), piece, list(range(len(piece))), [len(piece) - 1])
+            self.cache.sequences.remove(row)

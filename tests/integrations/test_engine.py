@@ -74,6 +74,12 @@ def test_prompts_wait_for_room(make_model: Make) -> None:
     assert 0 < run.tokens_at_peak <= 4 * run.blocks_peak <= 36
 
 
+def test_a_cache_that_is_just_large_enough(make_model: Make) -> None:
+    engine = Engine(make_model("llama", NAME), backend="reference", block_size=4, num_blocks=1)
+    assert tokens(engine.generate([PROMPTS[0]], 2)) == [expected_of(make_model, "llama", 2)[0]]
+    assert len(engine.generate([[5, 6, 7, 8]], 1).completions[0].tokens) == 1
+
+
 def test_few_at_once(make_model: Make) -> None:
     engine = Engine(make_model("llama", NAME), backend="reference", max_sequences=1)
     run = engine.generate(PROMPTS, 10)
