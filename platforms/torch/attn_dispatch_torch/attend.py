@@ -62,8 +62,9 @@ def attend(
         store.value.write(step, v, owned.v_scale_there)
     if store is None:
         owned = owned._replace(k_scale=1.0, v_scale=1.0)  # they belong to what is stored
+    wants_lse = return_lse or owned.sinks is not None
     if step.alone and out is None:
-        result, lse = _attend_fold(step, step.folds[0], q, store, owned, return_lse)
+        result, lse = _attend_fold(step, step.folds[0], q, store, owned, wants_lse)
         return (result, lse) if return_lse else result
     spec = step.spec
     if out is None:
@@ -72,7 +73,7 @@ def attend(
     for fold in step.folds:
         rows = fold.rows
         picked = q[rows] if isinstance(rows, slice) else q.index_select(0, rows)
-        result, lse = _attend_fold(step, fold, picked, store, owned, return_lse)
+        result, lse = _attend_fold(step, fold, picked, store, owned, wants_lse)
         _put(out, rows, result)
         if lses is not None and lse is not None:
             _put(lses, rows, lse)
@@ -100,15 +101,7 @@ def _attend_fold(
     spec, size, n = step.spec, fold.size, fold.queries
     heads, group = spec.num_kv_heads, spec.group_size
     assert store is not None
-    key, value = gather(step, fold, store, fold.index)
-    if fold.blank is not None:
-        key.view(-1, spec.head_size).index_fill_(0, fold.blank, 0)
-        value.view(-1, spec.value_head_size).index_fill_(0, fold.blank, 0)
-    shape = (size * heads, 1) if fold.merged else (size, heads)
-    key = key.view(*shape, -1, spec.head_size)
-    value = value.view(*shape, -1, spec.value_head_size)
-    if fold.begin or fold.end != key.shape[2]:
-        key, value = key[:, :, fold.begin : fold.end], value[:, :, fold.begin : fold.end]
+    key, value = gather(step, fold, store)
     if n > 1:
         q = q.reshape(size, n, heads, group, -1).transpose(1, 2)
     bias = fold.mask
@@ -117,7 +110,7 @@ def _attend_fold(
         slopes = owned.slopes.view(1, heads, 1, group, 1)
         far = (fold.distance * -slopes).view(size, heads, n * group, -1)
         bias = far if bias is None else far.add_(bias)
-    result, lse = _softmax(step, q.reshape(*shape, n * group, -1), key, value, bias, False, owned, return_lse)
+    result, lse = _softmax(step, q.reshape(*fold.shape, n * group, -1), key, value, bias, False, owned, return_lse)
     if n > 1:
         result = result.view(size, heads, n, group, -1).transpose(1, 2)
         lse = None if lse is None else lse.view(size, heads, n, group).transpose(1, 2)
@@ -143,11 +136,11 @@ def _attend_long(
     if long.index is None:
         assert k is not None
         assert v is not None
-        key, value = (x[long.new].to(step.compute).transpose(0, 1) for x in (k, v))
+        key, value = (_dense(x[long.new].to(step.compute).transpose(0, 1)) for x in (k, v))
     else:
         assert store is not None
-        key, value = gather(step, long, store, long.index)
-        key, value = key.view(heads, -1, spec.head_size), value.view(heads, -1, spec.value_head_size)
+        key, value = gather(step, long, store)
+    wants_lse = lses is not None or owned.sinks is not None
     for tile in long.tiles:
         rows = q[tile.rows]
         part_k, part_v = key[:, tile.low : tile.high], value[:, tile.low : tile.high]
@@ -160,7 +153,7 @@ def _attend_long(
             queries = rows.view(-1, heads, spec.group_size, spec.head_size).permute(1, 2, 0, 3)
             part_k, part_v = part_k[:, None], part_v[:, None]
         bias = _tile_bias(tile, queries, owned)
-        result, lse = _softmax(step, queries, part_k, part_v, bias, tile.causal, owned, lses is not None)
+        result, lse = _softmax(step, queries, part_k, part_v, bias, tile.causal, owned, wants_lse)
         result = result.flatten(0, 1).transpose(0, 1)
         lse = None if lse is None else lse.flatten(0, 1).transpose(0, 1)
         result, lse = _finish(result, lse, q.dtype, owned)
@@ -215,10 +208,15 @@ def _softmax(
         q, k = F.pad(q, (0, value_width - width)), F.pad(k, (0, value_width - width))
     elif value_width < width:
         v = F.pad(v, (0, width - value_width))
-    # The kernel takes the last axis to be dense without looking, and reads past the ends of arrays if it is not.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out, lse = _flash_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
-    return out if value_width >= width else out[..., :value_width], lse
+    out, lse = _flash_cpu(_dense(q), k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if value_width < width:
+        out = out[..., :value_width]
+    return out, lse if return_lse else None
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Return an array whose last axis is dense: the CPU's kernel does not look, and reads past its end if it is not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _plain(

@@ -31,9 +31,9 @@ class FoldStep:
         size, queries: G and n.
         index: i64[G * K * nb], rows of the cache's [N * K, B * D].
         blank: i64, gathered rows [G * K * nb * B] that are nobody's and get zeroed: a masked NaN still counts.
-        begin, end: gathered tokens that are looked at.
-        merged: sequences and heads are one batch axis, [G * K, 1, g, D]; else [G, K, n * g, D].
-        mask: [G, 1, n * g, L], or [G * K, 1, 1, L] when merged.
+        begin, end: gathered tokens that are looked at (end None: all).
+        shape: of the batch axes: (G * K, 1) when one query of each sequence allows it, else (G, K).
+        mask: [G, 1, n * g, L], or [G * K, 1, 1, L].
         distance: f32[G, 1, n, 1, L], |query position - key position|, of layers with ALiBi.
         views: a thread's own gathered memory, by the thread; see `store.gather`.
     """
@@ -44,8 +44,8 @@ class FoldStep:
     index: torch.Tensor
     blank: torch.Tensor | None
     begin: int
-    end: int
-    merged: bool
+    end: int | None
+    shape: tuple[int, ...]
     mask: torch.Tensor | None
     distance: torch.Tensor | None
     views: dict[int, Any] = field(default_factory=dict)
@@ -70,6 +70,10 @@ class LongStep:
     index: torch.Tensor | None
     new: slice
     tiles: list[TileStep]
+    shape: tuple[int, ...]
+    begin: int = 0
+    end: int | None = None
+    blank: torch.Tensor | None = None
     views: dict[int, Any] = field(default_factory=dict)
 
 
@@ -218,8 +222,18 @@ def _fold_step(spec: AttentionSpec, view: BatchView, fold: Fold, device: torch.d
         rows = (seq[:, None] * heads + np.arange(heads)) * width + token[:, None]
         blank = _to(rows.ravel(), device)
     rows_of = fold.rows if isinstance(fold.rows, slice) else _to(fold.rows, device)
+    whole = fold.begin == 0 and fold.end == width
     return FoldStep(
-        rows_of, size, fold.queries, _to(index.ravel(), device), blank, fold.begin, fold.end, merged, mask, distance
+        rows=rows_of,
+        size=size,
+        queries=fold.queries,
+        index=_to(index.ravel(), device),
+        blank=blank,
+        begin=fold.begin,
+        end=None if whole else fold.end,
+        shape=(size * heads, 1) if merged else (size, heads),
+        mask=mask,
+        distance=distance,
     )
 
 
@@ -276,4 +290,4 @@ def _long_step(spec: AttentionSpec, long: Long, band: _Band, device: torch.devic
         )
         for tile in long.tiles
     ]
-    return LongStep(index, long.new, tiles)
+    return LongStep(index, long.new, tiles, (spec.num_kv_heads,))

@@ -92,13 +92,13 @@ _scratch = _Scratch()
 class _Gathered:
     """One side's gathered blocks in a thread's scratch memory, as the views that a call needs."""
 
-    __slots__ = ("picked", "result", "widen")
+    __slots__ = ("picked", "result", "tokens", "widen")
 
-    def __init__(self, role: str, side: Side, rows: int, compute: torch.dtype) -> None:
+    def __init__(self, role: str, side: Side, call: FoldStep | LongStep, compute: torch.dtype) -> None:
+        rows = len(call.index)  # type: ignore[arg-type]  # a call that gathers has one
         elements = rows * side.blocks.shape[1]
-        stored = side.blocks.dtype
         # One element more: bytes are widened in pairs.
-        whole = _scratch.take(role, elements + elements % 2, stored)
+        whole = _scratch.take(role, elements + elements % 2, side.blocks.dtype)
         self.picked: torch.Tensor = whole[:elements].view(rows, -1)
         self.widen: Callable[[], object] | None = None
         result = whole
@@ -108,13 +108,22 @@ class _Gathered:
         elif side.dtype != compute:
             result = _scratch.take(role + " wide", whole.numel(), compute)
             self.widen = lambda: result.copy_(whole)
-        self.result: torch.Tensor = result[:elements].view(rows, side.block_size, side.width)
+        self.tokens: torch.Tensor = result[:elements].view(-1, side.width)
+        self.result: torch.Tensor = _shaped(self.tokens, call)
 
-    def fill(self, side: Side, index: torch.Tensor) -> torch.Tensor:
-        torch.index_select(side.blocks, 0, index, out=self.picked)
+    def fill(self, side: Side, call: FoldStep | LongStep) -> torch.Tensor:
+        torch.index_select(side.blocks, 0, call.index, out=self.picked)
         if self.widen is not None:
             self.widen()
+        if call.blank is not None:
+            self.tokens.index_fill_(0, call.blank, 0)
         return self.result
+
+
+def _shaped(tokens: torch.Tensor, call: FoldStep | LongStep) -> torch.Tensor:
+    """Return gathered tokens [rows * B, D] as a call wants them: [*shape, L, D]."""
+    shaped = tokens.view(*call.shape, -1, tokens.shape[-1])
+    return shaped if call.end is None else shaped[..., call.begin : call.end, :]
 
 
 def _pair_lookup(stored: torch.Tensor, result: torch.Tensor, dtype: torch.dtype, role: str) -> Callable[[], object]:
@@ -139,28 +148,29 @@ def _pairs(dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
         return every.to(wide).view(double)
 
 
-def gather(
-    step: Step, call: FoldStep | LongStep, store: Store, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the blocks of a call, [rows, B, D] and [rows, B, Dv], in the type that is computed with.
+def gather(step: Step, call: FoldStep | LongStep, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys [*call.shape, L, D] and the values of a call, in the type that is computed with.
 
     On a CPU they lie in the thread's scratch memory, until its next call.
     """
     if not step.cpu:
-        return _copied(step, store.key, index), _copied(step, store.value, index)
+        return _copied(step, store.key, call), _copied(step, store.value, call)
     views = call.views.get(get_ident())
     if views is None:
         with torch.inference_mode(False):
             views = call.views[get_ident()] = (
-                _Gathered("key", store.key, len(index), step.compute),
-                _Gathered("value", store.value, len(index), step.compute),
+                _Gathered("key", store.key, call, step.compute),
+                _Gathered("value", store.value, call, step.compute),
             )
     key, value = views
-    return key.fill(store.key, index), value.fill(store.value, index)
+    return key.fill(store.key, call), value.fill(store.value, call)
 
 
-def _copied(step: Step, side: Side, index: torch.Tensor) -> torch.Tensor:
-    picked = side.blocks.index_select(0, index)
+def _copied(step: Step, side: Side, call: FoldStep | LongStep) -> torch.Tensor:
+    picked = side.blocks.index_select(0, call.index)
     if side.dtype in _FP8:
         picked = picked.view(side.dtype)
-    return picked.to(step.compute).view(-1, side.block_size, side.width)
+    tokens = picked.to(step.compute).view(-1, side.width)
+    if call.blank is not None:
+        tokens.index_fill_(0, call.blank, 0)
+    return _shaped(tokens, call)
