@@ -25,8 +25,15 @@ class Attention:
         parameters: the layer's slopes, sinks and scales.
     """
 
-    def __init__(self, spec: AttentionSpec, backend: Backend, parameters: LayerParameters) -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        backend: Backend,
+        parameters: LayerParameters,
+        requested: tuple[str | None, str] = (None, "the backend= argument"),
+    ) -> None:
         self.spec = spec
+        self._requested = requested
         self.backend = backend
         self.parameters = parameters
         self._libraries = frozenset(backend.capabilities.libraries)
@@ -38,8 +45,9 @@ class Attention:
 
     @cached_property
     def explanation(self) -> dispatch.Explanation:
-        """The verdict table of this layer's spec, asked when first wanted."""
-        return dispatch.explain(self.spec, self.backend)
+        """The verdict table of this layer's spec, asked when first wanted, and what decided when it was chosen."""
+        table = dispatch.explain(self.spec, self.backend, scaled=self.parameters.scaled)
+        return replace(table, requested=self._requested[0], source=self._requested[1])
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -209,4 +217,6 @@ def attention(
         SpecError: a parameter does not fit the spec.
     """
     parameters = LayerParameters(spec, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
-    return Attention(spec, dispatch.choose(spec, backend, scaled=parameters.scaled), parameters)
+    chosen = dispatch.choose(spec, backend, scaled=parameters.scaled)
+    named = (backend.name, "the backend= argument") if isinstance(backend, Backend) else dispatch.requested(backend)
+    return Attention(spec, chosen, parameters, named)

@@ -95,7 +95,10 @@ def test_what_is_installed_is_found_and_ranked(plugins: Path) -> None:
     assert names[:5] == ["plug/fast", "plug/old", "plug/absent", "plug/raises", "plug/not"]
     assert names[-1] == "reference"
     assert "nameless" in dispatch.registry().problems[0]
-    assert ad.attention(SPEC).backend == "plug/fast"
+    attn = ad.attention(SPEC)
+    assert attn.backend == "plug/fast"
+    assert (attn.explanation.requested, attn.explanation.source) == (None, "the platform's order")
+    assert attn.verdicts[0].backend == "plug/fast"
 
 
 def test_nothing_is_imported_before_it_is_asked(plugins: Path) -> None:
