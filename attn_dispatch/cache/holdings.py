@@ -137,6 +137,15 @@ class Holdings:
         seq.alive = False
         del self._alive[seq.id]
 
+    def grow(self, num_blocks: int) -> None:
+        """Go on with caches of more blocks, whose first ones hold what they held: O(cache).
+
+        Raises:
+            CacheError: there are more already.
+        """
+        self.pool.grow(num_blocks)
+        self.num_blocks = num_blocks
+
     def clear_cache(self) -> None:
         """Forget every cached prefix that no sequence uses (the model's weights have changed, say): O(cache)."""
         self._make_room(self.pool.num_available)

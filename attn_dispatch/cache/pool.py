@@ -120,6 +120,20 @@ class BlockPool:
                 freed.append(block)
         self._give_back(freed)
 
+    def grow(self, num_blocks: int) -> None:
+        """Add free blocks, up to this many in all: the new ones are taken last.
+
+        Raises:
+            CacheError: there are more already.
+        """
+        more = num_blocks - self.num_blocks
+        if more < 0:
+            raise CacheError(f"a pool of {self.num_blocks} blocks cannot become one of {num_blocks}")
+        self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
+        self.holders += [0] * more
+        self.kept += bytes(more)
+        self.num_blocks = num_blocks
+
     def _give_back(self, freed: list[int]) -> None:
         if freed:
             if self._scrub is not None:

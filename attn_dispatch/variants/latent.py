@@ -16,7 +16,7 @@ from attn_dispatch.contract.arrays import permute
 from attn_dispatch.errors import ArrayError, SpecError
 from attn_dispatch.variants.choosing import choose_for, refusal
 from attn_dispatch.variants.rows import concatenate
-from attn_dispatch.variants.strided import key_and_value, why_not
+from attn_dispatch.variants.strided import OneArrayCache, key_and_value, why_not
 
 __all__ = ["Latent"]
 
@@ -88,12 +88,13 @@ class Latent:
     def _joined(self, attn: Attention, num_blocks: int, device: str | None = None) -> KVCache | None:
         """Return a cache whose value array is the key array, or its first columns."""
         made = attn.allocate(num_blocks, device)
-        arrays = key_and_value(made)
-        if arrays is None:
+        apart = key_and_value(made)
+        if apart is None:
             return None
-        key = arrays[0]
+        key = apart[0]
         value = key if attn.spec.value_head_size == attn.spec.head_size else key[..., : self.latent_size]
-        return KVCache(made.owner, made.geometry, made.layout, num_blocks, {"key": key, "value": value}, made.device)
+        arrays = {"key": key, "value": value}
+        return OneArrayCache(made.owner, made.geometry, made.layout, num_blocks, arrays, made.device)
 
     def allocate(self, num_blocks: int, device: str | None = None) -> KVCache:
         """Return a zeroed cache: one vector of `latent_size + rotary_size` numbers per token."""

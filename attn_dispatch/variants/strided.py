@@ -6,19 +6,55 @@ are computed over such a cache and over an ordinary one, and must agree to the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
 from attn_dispatch.attention import Attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
-from attn_dispatch.contract.arrays import as_library, as_numpy
+from attn_dispatch.contract.arrays import as_library, as_numpy, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
+from attn_dispatch.contract.kv_cache import Ids
+from attn_dispatch.errors import CacheError
 
-__all__ = ["key_and_value", "why_not"]
+__all__ = ["OneArrayCache", "key_and_value", "why_not"]
 
 _found: dict[tuple[Backend, AttentionSpec], str] = {}
+
+
+class OneArrayCache(KVCache):
+    """A cache whose value array is a view of its key array: what is copied is copied once."""
+
+    __slots__ = ()
+
+    def _keys(self) -> KVCache:
+        # Arrays that never change in place are not views of each other: each is copied by itself.
+        arrays = self.arrays if library_of(self.key) == "jax" else {"key": self.key}
+        return KVCache(self.owner, self.geometry, self.layout, self.num_blocks, arrays, self.device)
+
+    def _moved(self, keys: KVCache) -> None:
+        self.arrays.update(keys.arrays)
+
+    def copy_blocks(self, src: Ids, dst: Ids) -> None:
+        """See `KVCache.copy_blocks`."""
+        keys = self._keys()
+        keys.copy_blocks(src, dst)
+        self._moved(keys)
+
+    def copy_slots(self, src: Ids, dst: Ids) -> None:
+        """See `KVCache.copy_slots`."""
+        keys = self._keys()
+        keys.copy_slots(src, dst)
+        self._moved(keys)
+
+    def swap_blocks(self, other: KVCache, pairs: Iterable[tuple[int, int]] | Mapping[int, int]) -> None:
+        """See `KVCache.swap_blocks`; the other cache is of the same kind."""
+        if not isinstance(other, OneArrayCache):
+            raise CacheError(f"blocks move between caches that are alike: {other!r} keeps its values apart")
+        keys = other._keys()
+        self._keys().swap_blocks(keys, pairs)
+        other._moved(keys)
 
 
 def key_and_value(cache: KVCache) -> tuple[Array, Array] | None:

@@ -270,6 +270,19 @@ def test_a_step_that_never_ran_is_given_up() -> None:
     assert seq.computed == 10
 
 
+def test_a_pool_that_grows() -> None:
+    manager = CacheManager(2, 4)
+    seq = begun(manager, range(8))
+    manager.append(seq, [8])
+    assert manager.step([seq]) == Exhausted(1, 0)
+    manager.grow(4)
+    run(manager, seq)
+    assert seq.blocks.tolist() == [0, 1, 2]
+    assert (manager.num_blocks, manager.usage().free_blocks) == (4, 1)
+    with pytest.raises(CacheError, match="cannot become one of 3"):
+        manager.grow(3)
+
+
 def test_freed_blocks_are_scrubbed_before_anybody_gets_them() -> None:
     scrubbed: list[int] = []
     manager = CacheManager(4, 2, scrub=scrubbed.extend)

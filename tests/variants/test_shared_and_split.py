@@ -11,7 +11,7 @@ from scenes import BACKENDS, BATCHES, Scene, agrees, check, contents, host, made
 
 import attn_dispatch as ad
 from attn_dispatch.contract.dtypes import numpy_dtype
-from attn_dispatch.errors import ArrayError, MetadataError, SpecError
+from attn_dispatch.errors import ArrayError, CacheError, MetadataError, SpecError
 from attn_dispatch.variants import Cascade, DualChunk, Latent, SharingMap, SplitKV
 
 
@@ -247,6 +247,24 @@ def test_latent(backend: str, dtype: str, latent: int, rotary: int, name: str) -
     check(found, exact, np.concatenate(yardstick), dtype)
     other = paper(drop=1)
     assert not agrees(found, other, np.concatenate(yardstick) + other - exact, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_latent_blocks_are_copied_once(backend: str) -> None:
+    """A chain of copies, as if all were read before any is written: also where two arrays are one."""
+    layer = made(lambda: Latent(4, 32, 16, scale=1.0, dtype="float32", backend=backend))
+    cache, away = layer.allocate(4), layer.allocate(4)
+    for array in (cache.arrays_as("numpy")["key"], away.arrays_as("numpy")["key"]):
+        array[...] = np.arange(4).reshape(4, *[1] * (array.ndim - 1))
+    cache.copy_blocks([0, 1, 2], [1, 2, 3])
+    for side in cache.gather([0, 1, 2, 3]):
+        assert host(side)[:, 0, 0, 0].tolist() == [0, 0, 1, 2]
+    cache.copy_slots([32 * 3, 32 * 2], [32 * 2, 32])
+    assert host(cache.gather([1, 2])[1])[:, 0, 0, 0].tolist() == [1, 2]
+    cache.swap_blocks(away, {3: 0})
+    assert host(away.gather([0])[1])[0, 0, 0, 0] == 2
+    with pytest.raises(CacheError, match="keeps its values apart"):
+        cache.swap_blocks(ad.attention(layer.spec, backend).allocate(4), {3: 0})
 
 
 def test_latent_refusals() -> None:
