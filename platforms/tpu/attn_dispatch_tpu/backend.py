@@ -185,8 +185,9 @@ class PallasBackend(Backend):
                 "run() keeps the cache's live pages itself, which a traced call cannot: inside jax.jit use "
                 "backend.step(plan, q, k, v, pages, layer), which returns (out, pages)"
             )
-        given = [None if x is None else exchange.to_jax(n, x) for n, x in (("q", q), ("k", k), ("v", v))]
-        result, after = self.step(plan, *given, pages, layer)
+        keys = None if k is None else exchange.to_jax("k", k)
+        values = None if v is None else exchange.to_jax("v", v)
+        result, after = self.step(plan, exchange.to_jax("q", q), keys, values, pages, layer)
         cache.replace(PAGES, after)
         return exchange.to_library(result, library, out)
 

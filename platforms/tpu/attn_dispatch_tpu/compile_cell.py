@@ -74,7 +74,7 @@ def survey(generation: str, brief: bool, only: str) -> list[Finding]:
 
 
 def survey_all(generations: Sequence[str], brief: bool, only: str, jobs: int) -> list[Finding]:
-    """Compile for several generations, `jobs` at a time, each in a process of its own (one libtpu compiles on one core)."""
+    """Compile for several generations, `jobs` at a time, in processes of their own (a libtpu compiles on one core)."""
     if jobs <= 1 or len(generations) == 1:
         return [finding for each in generations for finding in survey(each, brief, only)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -87,9 +87,7 @@ def _compile(target: Target, row: Row) -> Finding:
     options, tail = program(row)
     page = (row.spec.block_size, *tail)
     try:
-        result = target.compile(
-            options, page, dtype=row.spec.dtype, writes=row.spec.writes_kv, scaled=row.scaled
-        )
+        result = target.compile(options, page, dtype=row.spec.dtype, writes=row.spec.writes_kv, scaled=row.scaled)
     except Exception as error:  # JAX, Mosaic and XLA each refuse with types of their own
         text = next((line for line in str(error).splitlines() if line.strip()), "an assertion of the kernel")
         refusal = f"{type(error).__name__}: {text.strip()[:200]}"
@@ -126,7 +124,9 @@ def _line(finding: Finding) -> str:
         text = f"refused, as it must be: {finding.refusal[:80]}"
     else:
         found = finding.result
-        text = f"{found.code_bytes >> 10:5} KiB code, {found.temporary_bytes >> 10} KiB temporaries, {found.seconds:.1f} s"
+        text = (
+            f"{found.code_bytes >> 10:5} KiB code, {found.temporary_bytes >> 10} KiB temporaries, {found.seconds:.1f} s"
+        )
     return f"{finding.generation:4} {finding.name:36} {text}"
 
 
@@ -144,10 +144,9 @@ def as_markdown(findings: Sequence[Finding], seconds: float, signature: dict[str
     lines = [
         "# Compiled for TPUs",
         "",
-        f"`python -m attn_dispatch_tpu.compile_cell`: {used}; {len(findings)} programs in {seconds:.0f} s, on a machine",
-        "without a TPU. Each is the whole step of a layer (cache update and attention), compiled ahead of time to machine",
-        "code. It shows that the compiler takes the kernel and that the cache is updated in place. Nothing here ran on a",
-        "TPU.",
+        f"`python -m attn_dispatch_tpu.compile_cell`: {used}; {len(findings)} programs in {seconds:.0f} s, without a",
+        "TPU. Each is a layer's whole step (cache update and attention), compiled ahead of time to machine code. It",
+        "shows that the compiler takes the kernel and that the cache is updated in place. Nothing here ran on a TPU.",
         "",
         "A cell: machine code in KiB / temporaries in KiB / seconds to compile.",
         "",
@@ -155,9 +154,11 @@ def as_markdown(findings: Sequence[Finding], seconds: float, signature: dict[str
         "|---" * (len(generations) + 1) + "|",
     ]
     refused = [name for name in names if not by[name, generations[0]].verdict]
-    for name in names:
-        if name not in refused:
-            lines.append(f"| {name} | " + " | ".join(_cell(by[name, g]) for g in generations) + " |")
+    lines += [
+        f"| {name} | " + " | ".join(_cell(by[name, g]) for g in generations) + " |"
+        for name in names
+        if name not in refused
+    ]
     lines += ["", "| the verdict says no | " + " | ".join(generations) + " | the compiler |"]
     lines.append("|---" * (len(generations) + 2) + "|")
     for name in refused:
@@ -179,7 +180,9 @@ def _cell(finding: Finding) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cell; return 0, or 1 when something is not as it must be."""
-    parser = argparse.ArgumentParser(prog="python -m attn_dispatch_tpu.compile_cell", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m attn_dispatch_tpu.compile_cell", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--generations", default=",".join(GENERATIONS), help="of: %(default)s")
     parser.add_argument("--brief", action="store_true", help="a short matrix")
     parser.add_argument("--only", default="", help="rows whose name contains this")

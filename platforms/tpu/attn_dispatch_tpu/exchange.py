@@ -42,7 +42,7 @@ def to_jax(name: str, array: Array) -> jax.Array:
     """
     library = library_of(array)
     if library == "jax":
-        return array  # type: ignore[no-any-return]
+        return array
     if library == "torch" and device_of(array) != "cpu":
         raise ArrayError(
             f"{name} is a torch tensor on {array.device}; this cache's pages are JAX's. Allocate the cache with "
@@ -51,7 +51,7 @@ def to_jax(name: str, array: Array) -> jax.Array:
     moved = as_library(array, "jax")
     if jax.default_backend() == "tpu":
         moved = jax.device_put(moved, jax.devices()[0])
-    return moved  # type: ignore[no-any-return]
+    return moved
 
 
 def with_rows(array: Array, rows: int) -> Array:

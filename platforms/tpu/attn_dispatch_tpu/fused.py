@@ -107,7 +107,7 @@ def kernel_module(name: str) -> ModuleType:
             return importlib.import_module(_MODULES[name])
         found = importlib.util.find_spec(_PACKAGE)
         if found is None or not found.submodule_search_locations:
-            raise MissingPackageError("this kernel is tpu-inference's, which is not installed: pip install tpu-inference")
+            raise MissingPackageError("this kernel is of tpu-inference, which is missing: pip install tpu-inference")
         before = set(sys.modules)
         try:
             _stand_in(found.submodule_search_locations[0])

@@ -86,7 +86,7 @@ class Kernel(abc.ABC):
             smaller = spec.block_size
             while smaller > 1 and not self.step(replace(spec, block_size=smaller)).fits:
                 smaller //= 2
-            accepts = f"two pages and a token's scores exceed {VMEM_BYTES >> 20} MiB of VMEM; {smaller} tokens would fit"
+            accepts = f"two pages and their scores exceed {VMEM_BYTES >> 20} MiB of VMEM; {smaller} tokens would fit"
             yield Refusal("block_size", spec.block_size, accepts, f"Ask for block_size={smaller}")
 
     def _features(self, spec: AttentionSpec) -> Iterator[Refusal]:
@@ -254,4 +254,4 @@ def _has_tpu_inference() -> bool:
 
 
 def _with_tpu_inference(what: str = "") -> str:
-    return "" if _has_tpu_inference() else f"tpu-inference's kernel can {what}: install tpu-inference".replace("  ", " ")
+    return "" if _has_tpu_inference() else f"tpu-inference's kernel {what}can: pip install tpu-inference"

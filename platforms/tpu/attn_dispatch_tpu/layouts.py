@@ -1,8 +1,8 @@
 """The cache layout of the TPU's kernels: keys and values side by side, padded to what the hardware's tiles hold.
 
 A page of the plain kernel is `[B, 2 * K', 128]`: rows K0, V0, K1, V1... of one token are neighbours, so that one DMA
-brings both. `K'` and the last axis are the spec's heads and head size rounded up to what the kernel can address. What is
-added is zero, is never read back, and adds nothing to a score or an output: padding is exact.
+brings both. `K'` and the last axis are the spec's heads and head size rounded up to what the kernel can address. What
+is added is zero, is never read back, and adds nothing to a score or an output: padding is exact.
 """
 
 from __future__ import annotations

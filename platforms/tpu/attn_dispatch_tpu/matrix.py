@@ -71,7 +71,8 @@ def rows() -> Iterator[Row]:
 
 
 def _spec(**fields: Any) -> AttentionSpec:
-    return AttentionSpec(**({"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "dtype": "bfloat16"} | fields))
+    plain: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "dtype": "bfloat16"}
+    return AttentionSpec(**(plain | fields))
 
 
 def _no(name: str, spec: AttentionSpec, **fields: Any) -> Row:

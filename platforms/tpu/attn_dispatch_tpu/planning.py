@@ -123,9 +123,10 @@ def pack(spec: AttentionSpec, view: BatchView, *, fused: bool, token_floor: int)
         order = np.concatenate([rows, np.setdiff1d(np.arange(tokens), rows)])
         made |= {"order": order, "back": np.argsort(order)}
     if shape.locates_rows:
-        at = np.arange(len(rows)) - np.repeat(starts[: len(chosen)], query_lens) + np.repeat(kv_lens - query_lens, query_lens)
-        block = table[np.repeat(np.arange(len(chosen)), query_lens), at // spec.block_size]
-        made["own"] = _filled(tokens, NOWHERE, block.astype(np.int64) * spec.block_size + at % spec.block_size)
+        sequence = np.repeat(np.arange(len(chosen)), query_lens)
+        position = np.arange(len(rows)) + (kv_lens - query_lens - starts[: len(chosen)])[sequence]
+        block = table[sequence, position // spec.block_size].astype(np.int64)
+        made["own"] = _filled(tokens, NOWHERE, block * spec.block_size + position % spec.block_size)
     return Batch(np.concatenate([made[name] for name, size in shape.parts if size]).astype(np.int32), shape)
 
 
@@ -134,7 +135,8 @@ def _rows(view: BatchView, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.in
     lens = view.query_lens[sequences].astype(np.int64)
     ends = np.cumsum(lens)
     shift = np.repeat(view.query_start_loc[sequences] - (ends - lens), lens)
-    return np.arange(ends[-1] if len(ends) else 0, dtype=np.int64) + shift
+    rows: npt.NDArray[np.int64] = np.arange(len(shift), dtype=np.int64) + shift
+    return rows
 
 
 def _filled(size: int, with_: int | np.int32, head: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:

@@ -51,10 +51,11 @@ def attend_and_write(
         The output [tokens, H, Dv], and the next version of the pages.
     """
     parts = _parts(integers, options)
-    stored = [_stored(x, options.cache_dtype, numbers[i] if scaled else None) for i, x in enumerate((k, v))]
+    k = _stored(k, options.cache_dtype, numbers[0] if scaled else None)
+    v = _stored(v, options.cache_dtype, numbers[1] if scaled else None)
     if options.batch.writes_last:
-        return _attend(pages, q, parts, numbers, options, scaled, stored)
-    rows = _interleaved(*stored, options, pages.shape[2:])
+        return _attend(pages, q, parts, numbers, options, scaled, [k, v])
+    rows = _interleaved(k, v, options, pages.shape[2:])
     flat = pages.reshape(-1, *pages.shape[2:])
     # What must not be written has a slot far outside, and is dropped.
     pages = flat.at[parts["slots"]].set(rows, mode="drop").reshape(pages.shape)

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 
 from attn_dispatch.contract.dtypes import itemsize
 
-__all__ = ["LANES", "SMEM_BYTES", "VMEM_BYTES", "Step", "Tiles", "align", "bucket", "choose_tiles", "packing", "table_bytes"]
+__all__ = [
+    "LANES",
+    "SMEM_BYTES",
+    "VMEM_BYTES",
+    "Step",
+    "Tiles",
+    "align",
+    "bucket",
+    "choose_tiles",
+    "packing",
+    "table_bytes",
+]
 
 LANES = 128
 """Width of a vector register's row: the last axis of every operand."""

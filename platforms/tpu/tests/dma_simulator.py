@@ -1,4 +1,4 @@
-"""The TPU simulator of Pallas (`pltpu.InterpretParams`: DMAs, memory that begins as NaN, bounds), made to read this kernel.
+"""Pallas' simulator of a TPU (`pltpu.InterpretParams`: DMAs, memory that begins as NaN, bounds), for these kernels.
 
 For tests alone. In JAX 0.10.2 to 0.12 it understands a view of a reference only if that is a plain slice; the kernels
 also reshape references and reinterpret their bits. Here the slices that lead are left to the simulator (which checks
@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from attn_dispatch_tpu import simulator
 from jax._src import dtypes
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic.interpret import utils
 from jax._src.state import indexing
 from jax.experimental.pallas import tpu as pltpu
+
+from attn_dispatch_tpu import simulator
 
 try:
     from jax._src.state.types import BitcastTransform, ReshapeTransform

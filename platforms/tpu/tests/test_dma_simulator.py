@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from attn_dispatch.conformance.cases import CASES, Case
 from attn_dispatch.conformance.checks import run_case
 from attn_dispatch.dispatch import registry, verdict_of

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attn_dispatch_tpu import step
 
 import attn_dispatch as ad
+from attn_dispatch_tpu import step
 
 
 def program(dtype: str) -> str:
@@ -19,7 +19,10 @@ def program(dtype: str) -> str:
     rows = [jnp.zeros((plan.options.batch.tokens, h, 128), dtype) for h in (4, 2, 2)]  # type: ignore[attr-defined]
     pages, numbers = attn.allocate(4).arrays["pages"], np.ones(6, np.float32)
     closed = jax.make_jaxpr(lambda *a: step.attend_and_write(*a, options=plan.options))(  # type: ignore[attr-defined]
-        pages, *rows, plan.batch, numbers  # type: ignore[attr-defined]
+        pages,
+        *rows,
+        plan.batch,
+        numbers,  # type: ignore[attr-defined]
     )
     return str(closed)
 

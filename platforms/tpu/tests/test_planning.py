@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attn_dispatch_tpu.kernels import Fused, Fused64, Ragged
-from attn_dispatch_tpu.planning import NOWHERE, Batch, pack
-from attn_dispatch_tpu.tiles import SMEM_BYTES, VMEM_BYTES, Tiles, bucket, choose_tiles, table_bytes
 
 import attn_dispatch as ad
 from attn_dispatch.errors import PlanError
+from attn_dispatch_tpu.kernels import Fused, Fused64, Ragged
+from attn_dispatch_tpu.planning import NOWHERE, Batch, pack
+from attn_dispatch_tpu.tiles import SMEM_BYTES, VMEM_BYTES, Tiles, bucket, choose_tiles, table_bytes
 
 SPEC = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, block_size=16)
 
