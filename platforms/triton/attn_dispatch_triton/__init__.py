@@ -1,0 +1,11 @@
+"""attn_dispatch through Triton: one kernel pair for NVIDIA, AMD and Intel GPUs. Importing this imports no vendor.
+
+paged         the backend: what it says of itself, and the door to the rest
+targets       GPUs that Triton compiles for, and the tiles that fit them (no vendor)
+planning      a batch as tiles of query rows (NumPy)
+kernels       the Triton kernels: prefill over pages, split decode, merge, cache write
+elements      what the kernels share: reading stored elements, one tile's pass over its keys
+launch        torch tensors to kernels: a step on a device, writing, attending
+compiling     one kernel compiled ahead of time for one target, and the resources that it takes
+compile_cell  all of them, for every target, as a command: no GPU is needed
+"""

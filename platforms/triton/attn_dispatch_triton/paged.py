@@ -1,0 +1,189 @@
+"""`triton/paged`: one portable pair of Triton kernels over paged caches, for GPUs where no vendor's wheel is installed.
+
+Loading this imports neither torch nor triton. What computes is in `launch` and `kernels`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from attn_dispatch import (
+    AttentionMetadata,
+    AttentionSpec,
+    Availability,
+    Backend,
+    Capabilities,
+    KVCache,
+    LayerParameters,
+    Plan,
+    Refusal,
+    Verdict,
+    platform,
+)
+from attn_dispatch.errors import ArrayError
+
+from .targets import LARGEST_HEAD
+
+if TYPE_CHECKING:
+    import torch
+
+    from .launch import Step, Store
+
+__all__ = ["PagedBackend", "PagedPlan", "interpreted"]
+
+_DEVICES = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
+"""What torch calls the accelerators of our platforms."""
+
+_FLAVOURS = {"cuda": ("cu",), "rocm": ("rocm", "hip"), "xpu": ("xpu",)}
+_DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")
+_WIDE = ("float64", "uint8", "uint4")
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret kernels; it reads this when the kernels are first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PagedPlan(Plan):
+    """A batch for every layer of a spec.
+
+    Attributes:
+        steps: what is on a device, by (device, whether there is a cache): made when first wanted there.
+    """
+
+    steps: dict[tuple[Any, bool], Step] = field(default_factory=dict)
+
+
+class PagedBackend(Backend):
+    """Paged attention in Triton: what a GPU runs where nothing of its vendor's is installed."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), nan_safe=True)
+
+    def probe(self) -> Availability:
+        """Look for torch, Triton and a GPU that torch was built for; on a CPU, for Triton's own interpreter variable."""
+        for package in ("torch", "triton"):
+            if find_spec(package) is None:
+                return Availability(False, f"{package} is not installed", f"pip install {package}")
+        found = _triton_version()
+        if interpreted():
+            reason = "TRITON_INTERPRET is set: kernels run in Triton's interpreter, on the CPU"
+            return Availability(True, reason, version=found, evidence="simulated on CPU")
+        if platform.name not in _DEVICES:
+            reason = "no GPU here that Triton compiles for (NVIDIA, AMD, Intel)"
+            remedy = "TRITON_INTERPRET=1 interprets the kernels on the CPU: for checking, not for speed"
+            return Availability(False, reason, remedy, found)
+        build = str(platform.facts.get("torch_flavor") or "")
+        if not build.startswith(_FLAVOURS[platform.name]):
+            reason = f"the installed torch is a {build or 'unknown'} build, the machine has {platform.description}"
+            return Availability(False, reason, "Install torch's build for it", found)
+        return Availability(True, f"Triton {found} on {platform.description}", version=found)
+
+    def verdict(self, spec: AttentionSpec) -> Verdict:
+        """Everything but float64, the vendors' packed cache types, and heads that no tile holds."""
+        found = []
+        if spec.dtype == "float64":
+            found.append(Refusal("dtype", spec.dtype, "sums are kept in float32", "Ask for float32, or for torch/sdpa"))
+        if spec.kv_cache_dtype in _WIDE:
+            accepts = "a cache of 16 or 32 bits, int8 or fp8"
+            found.append(Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, "Ask for one of these"))
+        for name in ("head_size", "value_head_size"):
+            if getattr(spec, name) > LARGEST_HEAD:
+                accepts = f"at most {LARGEST_HEAD}: a tile of keys must fit in shared memory"
+                found.append(Refusal(name, getattr(spec, name), accepts, "Ask for torch/sdpa"))
+        if found:
+            return self.refuse(*found)
+        return self.accept("runs in Triton's interpreter: for checking, not for speed" if interpreted() else "")
+
+    def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> torch.Tensor:
+        """Return a zeroed tensor (device None: the platform's current one)."""
+        import torch
+
+        # A cache that was made in an inference_mode block could not be written to outside of it.
+        with torch.inference_mode(False):
+            return torch.zeros(shape, dtype=getattr(torch, dtype), device=device or _default_device())
+
+    def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
+        """Return a zeroed cache (device None: the platform's current one)."""
+        cache = super().allocate(spec, num_blocks, device)
+        cache.device = str(cache.key.device)
+        return cache
+
+    def bits(self, array: torch.Tensor) -> torch.Tensor:
+        """Return fp8 as its bytes: not every device can index fp8."""
+        import torch
+
+        return array.view(torch.uint8) if array.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else array
+
+    def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> PagedPlan:
+        """Cut the batch into tiles and bring them to the platform's current device, in one copy."""
+        from .launch import step_on
+
+        plan = PagedPlan(spec=spec, view=metadata.view(spec.kind))
+        device, paged = _default_device(), spec.kind != "encoder" or plan.view.pages.exist
+        plan.steps[device, paged] = step_on(spec, plan.view, device, paged)
+        return plan
+
+    def run(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        cache: KVCache | None,
+        layer: LayerParameters,
+        out: torch.Tensor | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Write the new keys and values, then attend.
+
+        Raises:
+            ArrayError: arrays on different devices, or where Triton has none. Nothing has been written.
+        """
+        from . import launch
+
+        assert isinstance(plan, PagedPlan)
+        device = q.device
+        store: Store | None = None
+        if cache is not None:
+            bound = cache.bound.get(self.name)
+            if bound is None:
+                bound = cache.bound[self.name] = launch.Store(cache)
+            assert isinstance(bound, launch.Store)
+            store = bound
+        places = {x.device for x in (q, k, v, out, store and store.key) if x is not None}
+        if len(places) > 1:
+            listed = ", ".join(sorted(map(str, places)))
+            raise ArrayError(f"q, k, v, out and the cache lie on {listed}: a step's arrays must be on one device")
+        if device.type == "cpu" and not launch.INTERPRETED:
+            raise ArrayError(f"q is on the CPU: {self.name} runs on GPUs (there only with TRITON_INTERPRET=1)")
+        step = plan.steps.get((device, store is not None))
+        if step is None:
+            step = launch.step_on(plan.spec, plan.view, device, store is not None)
+            plan.steps[device, store is not None] = step
+        owned = layer.made((self.name, device), lambda: launch.owned(plan.spec, layer, device))
+        return launch.run(step, q, k, v, store, owned, out, return_lse=return_lse)
+
+
+def _triton_version() -> str:
+    for name in _DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def _default_device() -> torch.device:
+    import torch
+
+    kind = _DEVICES.get(platform.name)
+    if kind is not None and getattr(torch, kind).is_available():
+        return torch.device(kind, getattr(torch, kind).current_device())
+    default: torch.device = torch.get_default_device()
+    return default

@@ -1,0 +1,71 @@
+"""A batch as tiles of query rows, on the host, in NumPy. No vendor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from attn_dispatch.contract import AttentionSpec, BatchView
+
+__all__ = ["DECODE_TOKENS", "Work", "longest_span", "num_splits", "split_work", "tiles_of"]
+
+I32 = npt.NDArray[np.int32]
+
+DECODE_TOKENS = 8
+"""A sequence with at most so many new tokens (drafts that are verified) is decoded: its keys are split, not its rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Some sequences of a batch, cut into tiles.
+
+    Attributes:
+        sequence: i32[tiles].
+        row: i32[tiles], each tile's first row in its sequence.
+    """
+
+    sequence: I32
+    row: I32
+
+    def __len__(self) -> int:
+        """Return the number of tiles."""
+        return len(self.sequence)
+
+
+def split_work(view: BatchView) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Return the sequences that are decoded and those that are prefilled; without new tokens one is neither."""
+    lens = view.query_lens
+    return np.flatnonzero((lens > 0) & (lens <= DECODE_TOKENS)), np.flatnonzero(lens > DECODE_TOKENS)
+
+
+def tiles_of(sequences: npt.NDArray[np.intp], view: BatchView, group: int, block_rows: int) -> Work:
+    """Cut sequences into tiles of `block_rows` rows; a row is one token of one of `group` heads."""
+    counts = -(-view.query_lens[sequences] * group // block_rows)
+    owner = np.repeat(sequences, counts).astype(np.int32)
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    row = (np.arange(len(owner)) - first) * block_rows
+    return Work(owner, row.astype(np.int32))
+
+
+def longest_span(sequences: npt.NDArray[np.intp], view: BatchView, spec: AttentionSpec) -> int:
+    """Return the most keys that one of these sequences reads: all that it has, or what its window leaves."""
+    keys = int(view.kv_lens[sequences].max(initial=0))
+    left, right = spec.window
+    if left < 0 or not (spec.causal or right >= 0):
+        return keys
+    return min(keys, left + max(right, 0) + int(view.query_lens[sequences].max(initial=0)))
+
+
+def num_splits(span: int, block_keys: int, programs: int, processors: int) -> int:
+    """Return into how many parts keys are split so that every processor has two programs.
+
+    Args:
+        span: keys of the longest sequence.
+        block_keys: keys of one step of the kernel; a part has two at least.
+        programs: what runs without splitting.
+        processors: of the GPU.
+    """
+    wanted = -(-2 * processors // max(programs, 1))
+    return max(1, min(wanted, span // (2 * block_keys), 128))
