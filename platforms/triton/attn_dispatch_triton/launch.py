@@ -181,9 +181,7 @@ def _constants(spec: AttentionSpec, paged: bool) -> dict[str, Any]:
     return {**found, "COMPUTE": _LANGUAGE[found["COMPUTE"]]}
 
 
-def _brought(
-    arrays: list[Any], slots: Any, device: torch.device
-) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+def _brought(arrays: list[Any], slots: Any, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return int32 arrays and the slots on a device, in one copy; each begins at a multiple of 16 bytes."""
     sizes = [-(-array.size // 4) * 4 for array in arrays]
     first = 0 if slots is None else -(-2 * slots.size // 4) * 4
@@ -239,9 +237,7 @@ def _rows(array: torch.Tensor) -> torch.Tensor:
     return array.detach() if array.stride(2) == 1 else array.detach().contiguous()
 
 
-def _write(
-    step: Step, new: torch.Tensor, cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
-) -> None:
+def _write(step: Step, new: torch.Tensor, cache: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> None:
     """Store rows [rows, K, D] in the step's slots: round(x / scale), saturated, where the type is quantised."""
     assert step.slots is not None
     count, heads, width = new.shape

@@ -65,7 +65,7 @@ class PagedBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), nan_safe=True)
 
     def probe(self) -> Availability:
-        """Look for torch, Triton and a GPU that torch was built for; on a CPU, for Triton's own interpreter variable."""
+        """Look for torch, Triton and a GPU that torch was built for; on a CPU, for Triton's interpreter variable."""
         for package in ("torch", "triton"):
             if find_spec(package) is None:
                 return Availability(False, f"{package} is not installed", f"pip install {package}")

@@ -14,7 +14,7 @@ __all__ = ["DECODE_TOKENS", "Work", "longest_span", "num_splits", "split_work", 
 I32 = npt.NDArray[np.int32]
 
 DECODE_TOKENS = 8
-"""A sequence with at most so many new tokens (drafts that are verified) is decoded: its keys are split, not its rows."""
+"""A sequence with at most so many new tokens (drafts to verify) is decoded: its keys are split, not its rows."""
 
 
 @dataclass(frozen=True, eq=False)

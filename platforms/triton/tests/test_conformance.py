@@ -1,7 +1,6 @@
 """The kit: on a GPU all of it; in Triton's interpreter (TRITON_INTERPRET=1) what ends in reasonable time."""
 
 from attn_dispatch.conformance import BackendConformance
-
 from attn_dispatch_triton.paged import interpreted
 
 
