@@ -31,6 +31,7 @@ from attn_dispatch_cpu.kernels.vector import LOG2E
 from attn_dispatch_cpu.kernels.wide_tiles import ROWS, interleave_rows, make_product, make_wide_softmax, make_widen_row
 
 CHUNK = 64
+SEGMENT = 128  # steps of a score that are summed one after the other, before they are added to the others
 LN2 = math.log(2.0)
 NEG_INF = -math.inf
 
@@ -97,6 +98,9 @@ def make_wide_kernel(isa: Isa, kind: int, dot: bool) -> Any:
         key_factors = zeros + (width * item_bytes + 127) // 64 * 64
         value_factors = key_factors + 4 * CHUNK
         value_rows = value_factors + 4 * CHUNK
+        ones = value_rows + 8 * CHUNK + 64
+        for r in range(ROWS):
+            write_f32(ones + 4 * r, 1.0)
         fill_zero(zeros, key_factors - zeros)
 
         item = take_ticket(ticket)
@@ -149,7 +153,9 @@ def make_wide_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     value += head * value_head
                     at = t - first
                     if direct:
-                        product(key, key_token, 4, q_lanes, steps, scores + 4 * ROWS * at, run, rows, 0)
+                        for d in range(0, steps, SEGMENT):
+                            product(key + 4 * d, key_token, 4, q_lanes + 4 * ROWS * d, min(SEGMENT, steps - d),
+                                    scores + 4 * ROWS * at, run, rows, ones if d > 0 else 0)  # fmt: skip
                     else:
                         for j in range(run):
                             if dot:
@@ -176,7 +182,9 @@ def make_wide_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                                         values + j * 2 * width_pad)  # fmt: skip
                 if not direct:
                     unit = 2 if dot else 4
-                    product(keys, unit * depth_pad, 4, q_lanes, steps, scores, tokens, rows, 0)
+                    for d in range(0, steps, SEGMENT):
+                        product(keys + 4 * d, unit * depth_pad, 4, q_lanes + 4 * ROWS * d, min(SEGMENT, steps - d),
+                                scores, tokens, rows, ones if d > 0 else 0)  # fmt: skip
 
                 padded = (tokens + 1) // 2 * 2 if dot else tokens
                 special = flags != 0 or key_scales != 0 or first < highest_low or first + padded > lowest_high

@@ -35,12 +35,6 @@ def make_product(isa: Isa, dot: bool) -> Any:
              factors: Value) -> None:  # fmt: skip
         b = e.b
         sums = [[e.local(accumulator, e.const(0.0, lanes)) for _ in range(wide)] for _ in range(count)]
-        with b.if_then(b.icmp_signed("!=", factors, e.index(0))):
-            for v in range(wide):
-                factor = e.load(e.add(factors, 4 * lanes * v), accumulator)
-                for i in range(count):
-                    before = e.load(e.add(out, 4 * ROWS * i + 4 * lanes * v), accumulator)
-                    b.store(b.fmul(before, factor), sums[i][v])
         starts = [e.add(a, e.mul(a_m, i)) for i in range(count)]
         with e.loop(steps) as k:
             at = e.add(right, e.mul(k, 4 * ROWS))
@@ -56,6 +50,13 @@ def make_product(isa: Isa, dot: bool) -> Any:
                     else:
                         new = e.fma(spread, rows[v], old)
                     b.store(new, sums[i][v])
+        # What was there before is added last, so that no sum runs over more than the steps of one call.
+        with b.if_then(b.icmp_signed("!=", factors, e.index(0))):
+            for v in range(wide):
+                factor = e.load(e.add(factors, 4 * lanes * v), accumulator)
+                for i in range(count):
+                    before = e.load(e.add(out, 4 * ROWS * i + 4 * lanes * v), accumulator)
+                    b.store(e.fma(before, factor, b.load(sums[i][v])), sums[i][v])
         for i in range(count):
             for v in range(wide):
                 e.store(b.load(sums[i][v]), e.add(out, 4 * ROWS * i + 4 * lanes * v))
