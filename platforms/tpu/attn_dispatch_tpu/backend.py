@@ -46,10 +46,12 @@ class PallasPlan(Plan):
     Attributes:
         options: what the step's program is compiled for; None for a step without tokens.
         batch: i32 on the device, `BatchShape.parts`.
+        on_torch: the same as a torch tensor, made when pages of torch's are first run with.
     """
 
     options: StepOptions | None
     batch: Array
+    on_torch: Array = None
 
 
 class PallasBackend(Backend):
@@ -106,8 +108,13 @@ class PallasBackend(Backend):
         return kernel
 
     def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
-        """Return a zeroed JAX array. Devices are named as JAX does: "tpu:0", "cpu"."""
+        """Return a zeroed JAX array. Devices are named as JAX does: "tpu:0", "cpu"; torch's see `torch_routes`."""
         import jax.numpy as jnp
+
+        if device is not None and device.startswith("torch:"):
+            from . import torch_routes
+
+            return torch_routes.zeros(shape, dtype, device.removeprefix("torch:"))
 
         return jnp.zeros(shape, numpy_dtype(dtype), device=self._device(device))
 
@@ -134,6 +141,8 @@ class PallasBackend(Backend):
         """Return a zeroed cache for one layer."""
         layout, geometry = self.layout(spec), spec.geometry
         arrays = {n: self.zeros(s, geometry.dtype, device) for n, s in layout.shapes(geometry, num_blocks).items()}
+        if device is not None and device.startswith("torch:"):
+            return KVCache(self, geometry, layout, num_blocks, arrays, device)
         where = next(iter(next(iter(arrays.values())).devices()))
         name = "cpu" if where.platform == "cpu" else f"{where.platform}:{where.id}"
         return FunctionalCache(self, geometry, layout, num_blocks, arrays, name)
@@ -177,6 +186,8 @@ class PallasBackend(Backend):
 
         assert isinstance(plan, PallasPlan)
         exchange.check_out(out)
+        if isinstance(cache, KVCache) and cache.owner is self and cache.device.startswith("torch:"):
+            return self._run_torch(plan, q, k, v, cache, layer, out)
         if not isinstance(cache, FunctionalCache):
             raise CacheError(f"{cache!r} holds no arrays of JAX: allocate the cache with {self.name}")
         pages, library = cache.live(PAGES), library_of(q)
@@ -190,6 +201,41 @@ class PallasBackend(Backend):
         result, after = self.step(plan, exchange.to_jax("q", q), keys, values, pages, layer)
         cache.replace(PAGES, after)
         return exchange.to_library(result, library, out)
+
+    def _run_torch(
+        self,
+        plan: PallasPlan,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache,
+        layer: LayerParameters,
+        out: Array | None,
+    ) -> Array:
+        """Run on pages that are torch's, on a TPU."""
+        from . import exchange, torch_routes
+
+        pages, options = cache.arrays[PAGES], plan.options
+        for name, array in (("q", q), ("k", k), ("v", v)):
+            if array is not None and (library_of(array) != "torch" or array.device.type != pages.device.type):
+                raise ArrayError(f"{name} must be a torch tensor on {pages.device}, where the cache's pages are")
+        if options is None:
+            return q.new_zeros((0, plan.spec.num_heads, plan.spec.value_head_size)) if out is None else out
+        size = options.batch.tokens
+        q = exchange.with_rows(q, size)
+        if not plan.view.pages.writes or k is None or v is None:
+            k = v = None
+        else:
+            k, v = exchange.with_rows(k, size), exchange.with_rows(v, size)
+        if plan.on_torch is None:  # once per step, for all layers
+            import torch
+
+            plan.on_torch = torch.from_numpy(np.asarray(plan.batch)).to(pages.device)
+        numbers = _numbers(layer, plan.spec.num_heads)
+        result, after = torch_routes.run(pages, q, k, v, plan.on_torch, numbers, options, layer.scaled)
+        cache.arrays[PAGES] = after
+        result = result[: plan.num_tokens]
+        return result if out is None else out.copy_(result)
 
     def step(
         self, plan: PallasPlan, q: Array, k: Array | None, v: Array | None, pages: Array, layer: LayerParameters
@@ -231,7 +277,9 @@ class PallasBackend(Backend):
         """Copy blocks within a cache; ids have been checked."""
         from .moves import copied
 
-        assert isinstance(cache, FunctionalCache)
+        if not isinstance(cache, FunctionalCache):  # torch's pages, which can be written to
+            super().copy_blocks(cache, src, dst)
+            return
         for name in cache.arrays:
             axes = (cache.layout.block_axis(name),)
             cache.replace(name, copied(cache.live(name), axes, (src,), (dst,)))
@@ -240,7 +288,9 @@ class PallasBackend(Backend):
         """Copy tokens within a cache; slots have been checked."""
         from .moves import copied
 
-        assert isinstance(cache, FunctionalCache)
+        if not isinstance(cache, FunctionalCache):
+            super().copy_slots(cache, src, dst)
+            return
         size = cache.geometry.block_size
         for name in cache.arrays:
             axes = cache.layout.slot_axes(name)
@@ -252,8 +302,11 @@ class PallasBackend(Backend):
 
         from .moves import received
 
+        if not isinstance(cache, FunctionalCache) and not isinstance(other, FunctionalCache):
+            super().swap_blocks(cache, other, src, dst)
+            return
         if not isinstance(cache, FunctionalCache) or not isinstance(other, FunctionalCache):
-            raise CacheError(f"{other!r} holds no arrays of JAX: blocks move between caches of {self.name}")
+            raise CacheError(f"blocks move between caches of one library's arrays, not from {cache!r} to {other!r}")
         for name in cache.arrays:
             axis = cache.layout.block_axis(name)
             rows = cache.live(name)[(slice(None),) * axis + (src,)]
@@ -265,6 +318,8 @@ class PallasBackend(Backend):
         """Return a copy of a cache in another layout, by way of the host."""
         import jax
 
+        if not isinstance(cache, FunctionalCache):
+            raise CacheError(f"{cache!r}: pages of torch's on a TPU are not converted; gather() copies blocks out")
         shapes = layout.shapes(cache.geometry, cache.num_blocks)
         host = {name: np.asarray(array) for name, array in cache.arrays.items()}
         made = {name: np.zeros(shape, numpy_dtype(cache.geometry.dtype)) for name, shape in shapes.items()}

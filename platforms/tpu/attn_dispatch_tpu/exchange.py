@@ -5,6 +5,7 @@ Imports JAX. NumPy's and torch's arrays on the CPU are handed over when the simu
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import jax
@@ -61,6 +62,8 @@ def with_rows(array: Array, rows: int) -> Array:
         return array
     if library_of(array) == "numpy":
         return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
+    if library_of(array) == "torch":
+        return sys.modules["torch"].nn.functional.pad(array, (0, 0, 0, 0, 0, missing))
     return jnp.pad(array, ((0, missing), (0, 0), (0, 0)))
 
 
