@@ -1,11 +1,11 @@
 """What `openvino/paged` costs per call over OpenVINO's own `infer()` with every tensor bound already.
 
 Paired in one process: short rounds of the bare request, of the adapter (`backend.run`) and of the public door
-(`Attention.run`, which checks the arrays first) alternate. A machine that is shared only ever adds time, so each side is
-represented by its fastest rounds: the mean between the second and the tenth percentile.
+(`Attention.run`, which checks the arrays first) alternate. A machine that is shared only ever adds time, so each side
+is represented by its fastest rounds: the mean between the second and the tenth percentile.
 
-Also shown: the door with the request's `infer()` taken out, which is what is spent in Python and on copying small arrays,
-free of the op's own noise.
+Also shown: the door with the request's `infer()` taken out, which is what is spent in Python and on copying small
+arrays, free of the op's own noise.
 
     python benchmarks/openvino_overhead.py [--json] [--library torch]
 """
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
 def _setup(
     fields: dict[str, Any], new: list[int], lens: list[int], library: str
 ) -> tuple[Call, Call, Call, AbstractContextManager[None]]:
-    """Return the bare request's call, the adapter's, the door's, and a context in which their `infer()` does nothing."""
+    """Return the bare request's call, the adapter's, the door's, and a context in which `infer()` does nothing."""
     spec = ad.AttentionSpec(**fields)
     if not (verdict := ad.explain(spec, BACKEND).verdicts[0]):
         raise SystemExit(f"{BACKEND}: {verdict}")

@@ -16,7 +16,7 @@ from attn_dispatch import AttentionSpec, KVCache, LayerParameters
 from attn_dispatch.contract import Array
 from attn_dispatch.contract.arrays import as_library, as_numpy, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype, quantise
-from attn_dispatch.errors import ArrayError, CacheError
+from attn_dispatch.errors import CacheError
 
 from .device import device_name, num_threads
 from .layouts import PackedLayout
@@ -128,7 +128,7 @@ class Executor:
         return self._attend(work, q, k, v, cache, layer, out)
 
     def share_with_device(self, cache: KVCache, device: str) -> None:
-        """Put a new cache into host memory that a GPU reads and writes in place, and bind it. (Never run here.)"""
+        """Put a new cache into host memory that a GPU reads and writes in place, and bind it: never run here."""
         context = core().get_default_context(device)
         tensors = {
             name: context.create_host_tensor(ELEMENT[cache.geometry.dtype], ov.Shape(list(array.shape)))
@@ -276,7 +276,7 @@ class Executor:
             return found
         if device_name() != "CPU":
             raise CacheError(
-                f"{cache!r} is not of memory that the GPU shares: allocate it while ATTN_DISPATCH_OPENVINO_DEVICE is set"
+                f"{cache!r} is not in memory that the GPU shares: allocate it with ATTN_DISPATCH_OPENVINO_DEVICE set"
             )
         binding = cache.bound.setdefault(self._name, Binding(cache_tensors(cache), self._cleared(cache)))
         assert isinstance(binding, Binding)
@@ -290,9 +290,7 @@ class Executor:
 def _new_request(route: Route, binding: Binding, layer: LayerParameters) -> BoundRequest:
     program = route.program
     if program.device != "CPU":
-        slopes, sinks = (
-            None if own is None else tuple(own.tolist()) for own in (layer.alibi_slopes, layer.sinks)
-        )
+        slopes, sinks = (None if own is None else tuple(own.tolist()) for own in (layer.alibi_slopes, layer.sinks))
         program = replace(program, constants=(route.scale, route.window, slopes, sinks))
     made = BoundRequest(compiled(program), binding, route.scale, route.window, layer)
     return binding.requests.setdefault((route, layer), made)

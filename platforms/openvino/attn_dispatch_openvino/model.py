@@ -187,7 +187,10 @@ def _nodes(program: Program, parameter: Any) -> dict[str, Any]:
         if sinks is not None:
             nodes["sinks"] = constant(np.reshape(sinks, (1, heads, 1, 1)), np.float32)
         return nodes
-    nodes |= {"scale": parameter("scale", [], ov.Type.f32), "sliding_window": parameter("sliding_window", [], ov.Type.i32)}
+    nodes |= {
+        "scale": parameter("scale", [], ov.Type.f32),
+        "sliding_window": parameter("sliding_window", [], ov.Type.i32),
+    }
     if p.alibi:
         nodes["alibi_slopes"] = parameter("alibi_slopes", [-1], ov.Type.f32)
     if p.sinks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform as python_platform
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -110,7 +110,7 @@ class PagedBackend(Backend):
     def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
         """Return a zeroed cache; for a GPU, of host memory that it shares."""
         if device not in (None, "cpu") and not str(device).upper().startswith("GPU"):
-            raise CacheError(f"device={device!r}: {self.name} keeps caches in host memory; device='cpu' is its only one")
+            raise CacheError(f"device={device!r}: {self.name} keeps caches in host memory; give device='cpu'")
         cache = super().allocate(spec, num_blocks, "cpu")
         if device_name() != "CPU":
             self._execute().share_with_device(cache, device_name())

@@ -69,7 +69,8 @@ class Frame:
     """
 
     __slots__ = (
-        "_addresses", "_longest", "k", "lists", "nothing", "out", "output", "q", "shapes", "staged", "step", "tensors", "v",
+        "_addresses", "_longest", "k", "lists", "nothing", "out", "output", "q", "shapes", "staged", "step", "tensors",
+        "v",
     )  # fmt: skip
 
     def __init__(self, program: Program, step: Step, tree: tuple[Arrays, Arrays] | None) -> None:
@@ -103,9 +104,7 @@ class Frame:
             self.output = array_tensor(self.out, self.shapes[3], p.dtype)
         else:
             # What a request is bound to between calls, so that it does not keep a prefill's arrays alive.
-            self.nothing = tuple(
-                ov.Tensor(ELEMENT[p.dtype], ov.Shape([0, heads * size])) for heads, size in sizes
-            )
+            self.nothing = tuple(ov.Tensor(ELEMENT[p.dtype], ov.Shape([0, heads * size])) for heads, size in sizes)
 
     def load(self, step: Step) -> None:
         """Put a step's numbers into the tensors."""

@@ -26,7 +26,9 @@ CACHES = {
 _GPU_CACHES = {"float32": ("float16",), "float16": ("float16",)}
 
 _MIN_HEAD, _MAX_HEAD = 8, 512
+_OTHER = "Use another backend"
 _NEWER = "Install OpenVINO 2026.3 or newer"
+_NEWER_THAN_2025 = "Install OpenVINO 2026.0 or newer"
 
 
 def cpu_flags() -> frozenset[str]:
@@ -41,18 +43,19 @@ def refusals(spec: AttentionSpec, release: Release, device: str) -> Iterator[Ref
     if spec.block_size != block:
         yield Refusal("block_size", spec.block_size, f"needs {block}", f"Ask for block_size={block}")
     if spec.logits_soft_cap is not None:
-        yield Refusal("logits_soft_cap", spec.logits_soft_cap, "the op has no soft-cap", "Use another backend")
+        yield Refusal("logits_soft_cap", spec.logits_soft_cap, "the op has no soft-cap", _OTHER)
     if spec.returns_lse:
-        yield Refusal("returns_lse", True, "the op keeps its log-sum-exp to itself", "Use another backend")
+        yield Refusal("returns_lse", True, "the op keeps its log-sum-exp to itself", _OTHER)
     yield from _masks(spec, release)
     if spec.sinks and not release.sinks:
-        yield Refusal("sinks", True, "this release ignores sinks", "Install OpenVINO 2026.0 or newer")
+        yield Refusal("sinks", True, "this release ignores sinks", _NEWER_THAN_2025)
 
 
 def _types(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refusal]:
-    caches = (CACHES if device == "CPU" else _GPU_CACHES).get(spec.dtype)
+    by_dtype = CACHES if device == "CPU" else _GPU_CACHES
+    caches = by_dtype.get(spec.dtype)
     if caches is None:
-        yield Refusal("dtype", spec.dtype, f"needs {', '.join(CACHES if device == 'CPU' else _GPU_CACHES)}", "Use another backend")
+        yield Refusal("dtype", spec.dtype, f"needs {', '.join(by_dtype)}", _OTHER)
         return
     if spec.kv_cache_dtype not in caches:
         accepts = f"with dtype={spec.dtype} it stores {', '.join(caches)}"
@@ -70,7 +73,7 @@ def _types(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refus
     odd = spec.dtype == "bfloat16" or spec.kv_cache_dtype == "uint4"
     for field, size in (("head_size", spec.head_size), ("value_head_size", spec.value_head_size)):
         if not _MIN_HEAD <= size <= _MAX_HEAD:
-            yield Refusal(field, size, f"{_MIN_HEAD} to {_MAX_HEAD} were measured", "Use another backend")
+            yield Refusal(field, size, f"{_MIN_HEAD} to {_MAX_HEAD} were measured", _OTHER)
         elif odd and size % 2:
             what = "bfloat16" if spec.dtype == "bfloat16" else "a uint4 cache"
             yield Refusal(field, size, f"odd sizes give NaN in {what}", "Ask for float32")
@@ -78,11 +81,11 @@ def _types(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refus
 
 def _masks(spec: AttentionSpec, release: Release) -> Iterator[Refusal]:
     if spec.has_window and not release.window:
-        yield Refusal("window", spec.window, "this release's window is one token off", "Install OpenVINO 2026.0 or newer")
+        yield Refusal("window", spec.window, "this release's window is one token off", _NEWER_THAN_2025)
     if spec.has_window and spec.alibi:
-        yield Refusal("window", spec.window, "with a window the op drops ALiBi", "Use another backend")
+        yield Refusal("window", spec.window, "with a window the op drops ALiBi", _OTHER)
     if not spec.causal and spec.has_window:
-        yield Refusal("window", spec.window, "windows are for causal layers: the op would ignore it", "Use another backend")
+        yield Refusal("window", spec.window, "windows are for causal layers: the op would ignore it", _OTHER)
     if not (spec.causal or spec.kind == "cross" or release.token_types):
         yield Refusal("causal", False, "this release ignores token types, which make tokens see ahead", _NEWER)
     if not spec.causal and spec.alibi:

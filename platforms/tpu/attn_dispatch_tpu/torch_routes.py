@@ -103,7 +103,10 @@ def _writing_operator(options: StepOptions, scaled: bool) -> Any:
     def attend_and_write(
         pages: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, integers: jax.Array, numbers: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        return step.attend_and_write(pages, q, k, v, integers, numbers, options=options, scaled=scaled)
+        both: tuple[jax.Array, jax.Array] = step.attend_and_write(
+            pages, q, k, v, integers, numbers, options=options, scaled=scaled
+        )
+        return both
 
     return _jax_op()(_operator_name("write", options, scaled), attend_and_write, donate_argnums=(0,))
 

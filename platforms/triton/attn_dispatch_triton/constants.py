@@ -11,7 +11,7 @@ from .targets import Tiles, padded
 
 __all__ = ["attend_constants", "compute_type", "pass_constants"]
 
-_STORED = {"float8_e4m3fn": 1, "float8_e5m2": 2}
+_STORED = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}
 
 
 def compute_type(spec: AttentionSpec, paged: bool) -> str:

@@ -17,6 +17,7 @@ __all__ = ["attend_keys", "widened"]
 PLAIN = tl.constexpr(0)
 E4M3 = tl.constexpr(1)
 E5M2 = tl.constexpr(2)
+INT8 = tl.constexpr(3)
 
 
 @triton.jit
@@ -34,6 +35,9 @@ def widened(stored, STORED: tl.constexpr, COMPUTE: tl.constexpr):
         return tl.where((bits & 0x7F) == 0x7F, float("nan"), wide).to(COMPUTE)
     if STORED == E5M2:
         return (stored.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(COMPUTE)
+    if STORED == INT8:
+        # By way of float32: the interpreter takes an integer's bits for a bfloat16's.
+        return stored.to(tl.float32).to(COMPUTE)
     return stored.to(COMPUTE)
 
 

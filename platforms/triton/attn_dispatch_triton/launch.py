@@ -173,7 +173,8 @@ def step_on(spec: AttentionSpec, view: BatchView, device: torch.device, paged: b
         )
         for i, (_, tiles, splits) in enumerate(parts)
     )
-    return Step(spec, view.num_tokens, device, slots, *there[:4], launches)
+    query_start, kv_lens, key_start, table = there[:4]
+    return Step(spec, view.num_tokens, device, slots, query_start, kv_lens, key_start, table, launches)
 
 
 def _constants(spec: AttentionSpec, paged: bool) -> dict[str, Any]:

@@ -156,7 +156,8 @@ class PagedBackend(Backend):
                 bound = cache.bound[self.name] = launch.Store(cache)
             assert isinstance(bound, launch.Store)
             store = bound
-        places = {x.device for x in (q, k, v, out, store and store.key) if x is not None}
+        arrays = (q, k, v, out, None if store is None else store.key)
+        places = {x.device for x in arrays if x is not None}
         if len(places) > 1:
             listed = ", ".join(sorted(map(str, places)))
             raise ArrayError(f"q, k, v, out and the cache lie on {listed}: a step's arrays must be on one device")
