@@ -142,7 +142,7 @@ def _ragged() -> Iterator[Row]:
     yield _no("float16 cache", _spec(kv_cache_dtype="float16"), brief=True)
     for size in (192, 256):
         yield _no(f"head size {size}", _spec(head_size=size), brief=size == 256)
-    yield _no("block size 2048, heads 32/8", _spec(num_heads=32, num_kv_heads=8, block_size=2048), brief=True)
+    yield _no("block size 8192, heads 32/8", _spec(num_heads=32, num_kv_heads=8, block_size=8192), brief=True)
     yield _no("head size 64, not padded", _spec(head_size=64), padded=False, brief=True)
     for heads, kv_heads in ((9, 3), (40, 10)):
         fields = {"num_heads": heads, "num_kv_heads": kv_heads}
