@@ -1,0 +1,317 @@
+"""FlashAttention without a GPU: verdicts beside the vendors' real packages, and calls against their sources."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attn_dispatch as ad
+from attn_dispatch.contract import LayerParameters
+from attn_dispatch_cuda.flash_attention import FlashAttentionBackend
+from attn_dispatch_cuda.flash_calls import CALLS, FlashStep, VllmFlash3
+from attn_dispatch_cuda.flash_versions import Installed, installed
+from attn_dispatch_cuda.layer import owned
+
+from .conftest import MakeMachine, real
+from .signatures import signature
+
+# A decode, a prompt, a chunk, padding, and a sequence that waits.
+BATCH = ad.AttentionMetadata.build(
+    query_lens=[1, 9, 40, 3, 0],
+    seq_lens=[70, 9, 300, 0, 5],
+    block_tables=[[3], [5], [0, 7], [], [2]],
+    block_size=256,
+)
+DECODES = ad.AttentionMetadata.build([1, 1], [70, 9], [[3], [5]], block_size=256)
+
+
+def spec(**fields: Any) -> ad.AttentionSpec:
+    plain = {"num_heads": 8, "num_kv_heads": 2, "head_size": 128, "dtype": "bfloat16", "block_size": 256}
+    return ad.AttentionSpec(**(plain | fields))
+
+
+FA2, FA3, FA4 = "flash-attn", "fa3-fwd", "flash-attn-4"
+H200, B200, A100, RTX, T4 = "NVIDIA H200", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 5090", "Tesla T4"
+
+
+@pytest.mark.parametrize(
+    ("packages", "model", "fields", "refused"),
+    [
+        ((FA2,), A100, {}, []),
+        ((FA2,), H200, {}, []),
+        ((FA2,), RTX, {}, []),
+        ((FA2,), T4, {}, [""]),
+        ((FA2,), A100, {"block_size": 32}, ["block_size"]),
+        ((FA2,), A100, {"block_size": 512}, []),
+        ((FA2,), A100, {"alibi": True, "logits_soft_cap": 9.0, "sinks": True, "window": (9, 0)}, []),
+        ((FA2,), A100, {"returns_lse": True, "kind": "encoder", "window": (9, 3)}, []),
+        ((FA2,), A100, {"kind": "cross"}, []),
+        ((FA2,), A100, {"dtype": "float32"}, ["dtype"]),
+        ((FA2,), A100, {"dtype": "float16"}, []),
+        ((FA2,), A100, {"kv_cache_dtype": "float8_e4m3fn"}, ["kv_cache_dtype"]),
+        ((FA2,), A100, {"head_size": 100}, ["head_size", "value_head_size"]),
+        ((FA2,), A100, {"head_size": 264}, ["head_size"]),
+        ((FA2,), A100, {"value_head_size": 64}, ["value_head_size"]),
+        ((FA3,), H200, {}, ["block_size"]),  # built without paged caches
+        ((FA3,), H200, {"window": (9, 0), "dtype": "float16"}, ["block_size", "window", "dtype"]),
+        ((FA2, FA3), H200, {}, []),
+        ((FA4,), H200, {"block_size": 32}, []),
+        ((FA4,), B200, {"block_size": 32, "sinks": True, "window": (9, 0), "logits_soft_cap": 3.0}, []),
+        ((FA4,), H200, {"alibi": True}, ["alibi"]),
+        ((FA4, FA2), H200, {"alibi": True}, []),
+        ((FA4,), A100, {}, [""]),
+        ((FA4,), RTX, {}, [""]),
+        ((FA4,), B200, {"head_size": 192, "value_head_size": 128}, []),
+        ((FA4,), B200, {"head_size": 192}, ["head_size"]),
+        ((FA4,), B200, {"head_size": 256}, []),
+        ((FA4,), H200, {"head_size": 192}, []),
+        ((FA4,), H200, {"head_size": 64, "value_head_size": 256}, []),
+        ((FA4,), H200, {"kv_cache_dtype": "float8_e4m3fn"}, ["kv_cache_dtype"]),
+        ((), H200, {}, [""]),
+    ],
+    ids=str,
+)
+def test_verdicts(
+    machine: MakeMachine, packages: tuple[str, ...], model: str, fields: dict[str, Any], refused: list[str]
+) -> None:
+    """On a machine with that GPU and the vendors' real packages."""
+    verdict = FlashAttentionBackend("x/flash", machine(model, packages=packages)).verdict(spec(**fields))
+    assert [refusal.field for refusal in verdict.refusals] == refused
+    for refusal in verdict.refusals:
+        assert refusal.accepts
+        assert refusal.remedy
+    if verdict:
+        assert "never run on a GPU" in verdict.note
+
+
+def test_the_fastest_that_fits_is_chosen(machine: MakeMachine) -> None:
+    both = (FA2, FA4)
+    assert "FlashAttention 4" in FlashAttentionBackend("x/y", machine(H200, packages=both)).verdict(spec()).note
+    assert "FlashAttention 2 " in FlashAttentionBackend("x/y", machine(RTX, packages=both)).verdict(spec()).note
+
+
+def test_gpus_of_two_kinds_must_both_be_served(machine: MakeMachine) -> None:
+    mixed = machine(H200, A100, packages=(FA4,))
+    assert not FlashAttentionBackend("x/y", mixed).verdict(spec())
+    assert FlashAttentionBackend("x/y", machine(H200, A100, packages=(FA4, FA2))).verdict(spec())
+
+
+def test_what_a_build_lacks_is_read_from_its_file(machine: MakeMachine) -> None:
+    (found,) = installed(machine(H200, packages=(FA3,)))
+    assert {"PAGEDKV", "LOCAL", "FP16"} <= found.off
+    assert not {"SOFTCAP", "VARLEN"} & found.off
+    verdict = FlashAttentionBackend("x/y", machine(H200, packages=(FA3,))).verdict(spec())
+    assert "built without paged caches" in str(verdict)
+    assert "FLASHATTENTION_DISABLE_PAGEDKV" in str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("models", "packages", "torch_build", "words"),
+    [
+        ((), (FA2,), "13.0", ("no NVIDIA GPU",)),
+        ((H200,), (FA2,), "", ("torch is not installed",)),
+        ((H200,), (FA2,), "cpu", ("cpu build", "H200")),
+        ((H200,), (), "13.0", ("no FlashAttention is installed",)),
+        (("NVIDIA Something New",), (FA2,), "13.0", ("compute capability", "Something New")),
+        ((T4,), (FA2,), "13.0", ("sm_75",)),
+        ((H200,), (FA3,), "13.0", ("without paged caches",)),
+    ],
+    ids=str,
+)
+def test_what_is_missing_is_said(
+    machine: MakeMachine, models: tuple[str, ...], packages: tuple[str, ...], torch_build: str, words: tuple[str, ...]
+) -> None:
+    found = FlashAttentionBackend("x/y", machine(*models, packages=packages, torch=torch_build)).probe()
+    assert not found
+    assert all(word in found.reason for word in words), found.reason
+    assert found.remedy or not models
+
+
+def test_available(machine: MakeMachine) -> None:
+    found = FlashAttentionBackend("x/y", machine(H200, packages=(FA2,))).probe()
+    assert found, found.reason
+    assert "FlashAttention 2 2.8.3" in found.version
+    assert "never run" in found.reason
+
+
+def test_the_capability_can_be_said(machine: MakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = machine("NVIDIA Something New", packages=(FA2,))
+    assert not FlashAttentionBackend("x/y", unknown).verdict(spec())
+    monkeypatch.setenv("ATTN_DISPATCH_CUDA_CAPABILITY", "9.0")
+    assert FlashAttentionBackend("x/y", unknown).verdict(spec())
+    monkeypatch.setenv("ATTN_DISPATCH_CUDA_CAPABILITY", "nine")
+    with pytest.raises(ValueError, match=r"as in ATTN_DISPATCH_CUDA_CAPABILITY=9\.0"):
+        FlashAttentionBackend("x/y", unknown).verdict(spec())
+
+
+def vllm_machine(machine: MakeMachine, tmp_path: Path) -> Any:
+    """A machine with vLLM's file where the wheel has it (empty: nothing of it is read before it is loaded)."""
+    library = tmp_path / "vllm-site" / "vllm" / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    (tmp_path / "vllm-site" / "vllm" / "__init__.py").touch()
+    return machine(H200, more=(tmp_path / "vllm-site",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "allow", "refused"),
+    [
+        ({"block_size": 16}, "0", []),
+        ({"alibi": True}, "0", ["alibi"]),
+        ({"head_size": 192, "value_head_size": 128}, "0", []),
+        ({"head_size": 64, "value_head_size": 512}, "0", ["value_head_size"]),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, "0", ["kv_cache_dtype"]),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, "1", []),
+        ({"kv_cache_dtype": "float8_e5m2"}, "1", ["kv_cache_dtype"]),
+        ({"kv_cache_dtype": "float8_e4m3fn", "dtype": "float16"}, "1", ["dtype"]),
+        ({"kv_cache_dtype": "float8_e4m3fn", "head_size": 72}, "1", ["head_size", "value_head_size"]),
+        ({"sinks": True, "window": (5, 0), "returns_lse": True, "kind": "encoder"}, "0", []),
+    ],
+    ids=str,
+)
+def test_vllms_flash_attention_3(
+    machine: MakeMachine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    allow: str,
+    refused: list[str],
+) -> None:
+    monkeypatch.setenv("ATTN_DISPATCH_CUDA_FP8_QUERIES", allow)
+    verdict = FlashAttentionBackend("x/y", vllm_machine(machine, tmp_path)).verdict(spec(**fields))
+    assert [refusal.field for refusal in verdict.refusals] == refused
+
+
+def given(kind: str, batch: ad.AttentionMetadata, layer: ad.AttentionSpec, *, lse: bool = False) -> tuple[str, Any]:
+    """Return what a version's function is given for a batch, with the step's tensors in host memory."""
+    version = Installed(kind, kind, "", Path())
+    step = FlashStep(version, layer, batch.view(layer.kind), torch.device("cpu"), paged=paged(layer), capacity=None)
+    own: dict[str, Any] = {}
+    if layer.alibi:
+        own["alibi_slopes"] = np.ones(layer.num_heads, np.float32)
+    if layer.sinks:
+        own["sinks"] = np.ones(layer.num_heads, np.float32)
+    q = torch.zeros(batch.num_tokens, layer.num_heads, layer.head_size, dtype=torch.bfloat16)
+    key = torch.zeros(8, 256, layer.num_kv_heads, layer.head_size, dtype=torch.bfloat16)
+    mine = owned(LayerParameters(layer, **own), torch.device("cpu"))
+    return CALLS[kind](version).arguments(step, q, key, key, mine, lse=lse)
+
+
+def paged(layer: ad.AttentionSpec) -> bool:
+    return layer.kind != "encoder"
+
+
+ENCODED = ad.AttentionMetadata.build([5, 9], [5, 9])
+FUNCTIONS = {
+    "fa2": (FA2, "flash_attn/flash_attn_interface.py"),
+    "fa3": (FA2, "hopper/flash_attn_interface.py"),
+    "fa3-fwd": (FA3, "fa3_fwd_interface.py"),
+    "fa4": (FA4, "flash_attn/cute/interface.py"),
+}
+LAYERS: list[tuple[dict[str, Any], ad.AttentionMetadata]] = [
+    ({}, BATCH),
+    ({}, DECODES),
+    ({"window": (30, 0), "logits_soft_cap": 20.0}, BATCH),
+    ({"causal": False, "window": (30, 5)}, BATCH),
+    ({"kind": "encoder"}, ENCODED),
+]
+
+
+@pytest.mark.interface
+@pytest.mark.parametrize("source", FUNCTIONS)
+@pytest.mark.parametrize(("fields", "batch"), LAYERS, ids=str)
+def test_the_vendors_functions_take_these_arguments(
+    source: str, fields: dict[str, Any], batch: ad.AttentionMetadata
+) -> None:
+    package, file = FUNCTIONS[source]
+    kind = source.removesuffix("-fwd")
+    layer = spec(**fields)
+    lse = not (source == "fa3" and layer.kind == "encoder")  # refused there: see the verdict
+    name, arguments = given(kind, batch, layer, lse=lse)
+    vendor = signature(real(package) / file, name)
+    bound = vendor.bind(**arguments).arguments
+    assert bound["causal"] is layer.causal
+    assert bound["softmax_scale"] == layer.scale
+    assert bound["softcap"] == (layer.logits_soft_cap or 0.0)
+    no_side = None if kind == "fa4" else -1
+    assert bound["window_size"] == tuple(no_side if side < 0 else side for side in layer.window)
+    for start in ("cu_seqlens_q", "cu_seqlens_k"):
+        if bound.get(start) is not None:
+            assert bound[start].dtype == torch.int32
+            assert bound[start].is_contiguous()
+
+
+@pytest.mark.interface
+def test_the_step_says_what_the_batch_is() -> None:
+    """The decode, the prompt and the chunk as they are; padding attends to something, and is overwritten."""
+    _, arguments = given("fa4", BATCH, spec())
+    assert arguments["cu_seqlens_q"].tolist() == [0, 1, 10, 50, 53]
+    assert arguments["seqused_k"].tolist() == [70, 9, 300, 3]
+    assert arguments["page_table"].tolist() == [[3, 0], [5, 0], [0, 7], [0, 0]]
+    assert (arguments["max_seqlen_q"], arguments["max_seqlen_k"]) == (40, 300)
+    _, arguments = given("fa2", BATCH, spec())
+    assert arguments["cu_seqlens_k"].tolist() == [0, 70, 79, 379, 382]
+    name, arguments = given("fa2", DECODES, spec(alibi=True))
+    assert name == "flash_attn_with_kvcache"
+    assert arguments["q"].shape == (2, 1, 8, 128)
+    assert arguments["alibi_slopes"].shape == (8,)
+
+
+def test_a_flash_attention_3_that_gives_no_lse_outside_of_a_cache_is_asked_for_none(
+    machine: MakeMachine, tmp_path: Path
+) -> None:
+    """The interface in flash-attn's own sources (installed by its setup as one module), and fa3-fwd's newer one."""
+    site = tmp_path / "fa3-site"
+    site.mkdir()
+    (site / "flash_attn_interface.py").write_text((real(FA2) / "hopper" / "flash_attn_interface.py").read_text())
+    backend = FlashAttentionBackend("x/y", machine(H200, more=(site,)))
+    assert backend.verdict(spec(kind="encoder"))
+    assert [r.field for r in backend.verdict(spec(kind="encoder", returns_lse=True)).refusals] == ["returns_lse"]
+    assert backend.verdict(spec(returns_lse=True))
+    (found,) = installed(machine(H200, packages=(FA3,)))
+    assert "VARLEN_LSE" not in found.off
+
+
+@pytest.mark.interface
+def test_flash_attention_3_registers_this_operator() -> None:
+    """Of fa3-fwd's compiled library: the operator behind both interfaces."""
+    (library,) = (real(FA3) / "fa3_fwd").glob("_C*.so")
+    (schema,) = {text.decode() for text in re.findall(rb"fwd\(Tensor q,[ -~]{200,}", library.read_bytes())}
+    for part in ("Tensor? page_table", "Tensor? seqused_k", "Tensor? q_descale", "float softcap", "int num_splits"):
+        assert part in schema
+
+
+@pytest.mark.interface
+def test_the_operator_in_vllms_wheel() -> None:
+    """Held against the schema in the library, where the wheel is installed."""
+    from importlib.util import find_spec
+
+    found = find_spec("vllm")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("not run: vllm is not installed (its wheel has several hundred MB)")
+    library = Path(found.submodule_search_locations[0]) / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so"
+    assert vllm_arguments(library.read_bytes()) == list(VllmFlash3.ORDER)
+
+
+def vllm_arguments(content: bytes) -> list[str]:
+    """Return the names of the arguments of `fwd` in a compiled library."""
+    (schema,) = {text.decode() for text in re.findall(rb"fwd\(Tensor!?  ?q,[ -~]{200,}", content)}
+    inside = schema.partition("(")[2].rpartition(") ->")[0]
+    return [part.split()[-1].partition("=")[0] for part in inside.split(",")]
+
+
+def test_vllms_operator_is_given_all_its_arguments_by_position() -> None:
+    name, arguments = given("vllm-fa3", BATCH, spec(sinks=True))
+    assert name == "fwd"
+    assert list(arguments) == list(VllmFlash3.ORDER)
+    assert len(arguments) == 37
+    assert arguments["s_aux"].dtype == torch.bfloat16
+    assert (arguments["cu_seqlens_k"], arguments["out"]) == (None, None)
+    _, arguments = given("vllm-fa3", ENCODED, spec(kind="encoder"))
+    assert (arguments["page_table"], arguments["seqused_k"]) == (None, None)
+    assert arguments["cu_seqlens_k"].tolist() == [0, 5, 14]
