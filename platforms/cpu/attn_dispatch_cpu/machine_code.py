@@ -30,6 +30,7 @@ from numba.core.serialize import dumps
 from attn_dispatch_cpu.kernels.isa import cpu_identity, host_isa
 from attn_dispatch_cpu.kernels.merge import make_merge_kernel
 from attn_dispatch_cpu.kernels.narrow import make_narrow_kernel
+from attn_dispatch_cpu.kernels.wait import make_wait_kernel
 from attn_dispatch_cpu.kernels.wide import make_wide_kernel
 from attn_dispatch_cpu.kernels.write import make_write_kernel
 
@@ -49,8 +50,8 @@ def kernel(name: str, kind: int = 0, dot: bool = False) -> Kernel:
     """Return a kernel, compiled at most once per process.
 
     Args:
-        name: "narrow", "wide", "write" or "merge".
-        kind: of the cache's elements (see `kernels.elements`); 0 for "merge".
+        name: "narrow", "wide", "write", "merge" or "wait".
+        kind: of the cache's elements (see `kernels.elements`); 0 for "merge" and "wait".
         dot: queries and cache are bf16, and the CPU multiplies pairs of them.
     """
     key = (name, kind, dot)
@@ -77,8 +78,10 @@ def _load(name: str, kind: int, dot: bool) -> Kernel:
         function = make_wide_kernel(isa, kind, dot)
     elif name == "write":
         function = make_write_kernel(isa, kind)
-    else:
+    elif name == "merge":
         function = make_merge_kernel(isa)
+    else:
+        function = make_wait_kernel()
     dispatcher = njit(**OPTIONS)(function)
     stem = f"{name}-{kind}{'-dot' if dot else ''}"
     dispatcher._cache = KernelFile(cache_folder() / f"{stem}-{_fingerprint()}.code", stem)

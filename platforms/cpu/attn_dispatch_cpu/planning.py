@@ -25,6 +25,7 @@ WIDE_ROWS = 64
 PIECES_PER_THREAD = 3  # what lets the threads end at about the same time
 MIN_PART = 256  # tokens: a context is not cut into smaller parts than this
 MIN_HEADS = 4  # kv heads whose rows lie side by side; fewer make runs that the hardware's prefetcher is too late for
+SMALL_ELEMENTS = 1 << 21  # of keys and values: these lie in a CPU's cache, and a thread that wakes late finds work
 SCRATCH_LIMIT = 1 << 18  # bytes of accumulators and queries that stay in the second-level cache
 
 
@@ -108,9 +109,10 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
     length = end - begin
     total = int(length.sum())
     # Pieces of each sequence, by its share of the work: (head groups) x (parts of the context).
-    share = threads if len(sequences) < threads else PIECES_PER_THREAD * threads
+    small = total * heads * (spec.head_size + spec.value_head_size) <= SMALL_ELEMENTS
+    share = threads if len(sequences) < threads and not small else PIECES_PER_THREAD * threads
     wanted = np.maximum(-(-length * share // max(total, 1)), 1) if threads > 1 else np.ones_like(length)
-    head_groups = np.minimum(wanted, max(1, heads // MIN_HEADS))
+    head_groups = np.minimum(wanted, heads if small else max(1, heads // MIN_HEADS))
     head_groups = np.maximum(head_groups, -(-heads // most_heads))
     parts = np.minimum(-(-wanted // head_groups), np.maximum(length // MIN_PART, 1))
     short = head_groups * parts < wanted  # too short to be cut by context: by single heads, then

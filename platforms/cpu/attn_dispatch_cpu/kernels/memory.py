@@ -55,6 +55,17 @@ def take_ticket(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def peek(typing_context: Any, address: Any) -> Any:
+    """Return the int64 at `address` as it is now, whoever wrote it: read anew each time."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = Emit(builder).pointer(args[0], I64)
+        return builder.load_atomic(pointer, "monotonic", 8)
+
+    return int64(int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def fill_zero(typing_context: Any, address: Any, size: Any) -> Any:
     """Set `size` bytes to 0."""
 

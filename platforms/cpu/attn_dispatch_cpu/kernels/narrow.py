@@ -112,7 +112,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
 
         item = take_ticket(ticket)
         while item < items:
-            next_item = take_ticket(ticket)
+            next_item = -1  # taken as late as can be: another worker may be free before this one
             tile = tile_table + item * (4 * J.TILE_WORDS)
             sequence = read_i32(tile + 4 * J.TILE_SEQUENCE)
             queries = read_i32(tile + 4 * J.TILE_QUERIES)
@@ -203,7 +203,9 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                         ahead_end = end
                         ahead_sequence = sequence
                         ahead_head = head_first
-                        if ahead_first >= end and next_item < items:
+                        if ahead_first >= end:
+                            next_item = take_ticket(ticket)
+                        if 0 <= next_item < items:
                             ahead_tile = tile_table + next_item * (4 * J.TILE_WORDS)
                             ahead_sequence = read_i32(ahead_tile + 4 * J.TILE_SEQUENCE)
                             ahead_first = read_i32(ahead_tile + 4 * J.TILE_BEGIN) // 4 * 4
@@ -264,7 +266,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                         entry = (part * kv_heads + head_first + h) * read_i64(job + 8 * J.PARTIAL_ROWS) + r
                         store_row(output_row, factor, 0, width, read_i64(job + 8 * J.PARTIAL_OUT) + entry * 4 * width)
                         write_f32(read_i64(job + 8 * J.PARTIAL_LSE) + 4 * entry, lse)
-            item = next_item
+            item = next_item if next_item >= 0 else take_ticket(ticket)
 
     return narrow
 
