@@ -112,7 +112,8 @@ def measure(batch: int, context: int, arguments: argparse.Namespace) -> dict[str
     while time.perf_counter() < end or len(times["ours"]) < 5:
         roofline.measure()
         for name, run in rivals.items():
-            run()  # whatever the one before left in the cache is gone
+            for _ in range(repeat):
+                run()  # whatever the one before left in the cache is gone, and its threads have stopped spinning
             times[name].append(min(timed(run) for _ in range(repeat)))
     least = roofline.seconds(shape.cache_bytes, shape.operations)
     row: dict[str, Any] = {
