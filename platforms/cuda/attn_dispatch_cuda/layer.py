@@ -84,12 +84,12 @@ def run(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Write the new keys and values, then attend; nothing waits for the device."""
     with torch.no_grad(), on(q.device):
-        if store is not None and k is not None and v is not None and step.placed is not None:
-            store.write(step.placed, k.detach(), v.detach(), layer.k_scale_there, layer.v_scale_there)
+        keys, values = (None if x is None else _rows(x) for x in (k, v))
+        if store is not None and keys is not None and values is not None:
+            step.write(store, keys, values, layer)
         inside = layer.sinks is not None and backend.sinks_inside(step, layer)
         outside = layer.sinks is not None and not inside
         direct = out if out is not None and out.is_contiguous() and not out.requires_grad else None
-        keys, values = (None if x is None else _rows(x) for x in (k, v))
         result, lse = backend.attend(
             step, _rows(q), keys, values, store, layer, direct, wants_lse=return_lse or outside
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,10 @@ from attn_dispatch.errors import PlanError
 
 from .batch import Batch, Writes, cut, fitted, writes_of
 from .packing import Packed
-from .store import Placed
+from .store import Placed, Store
+
+if TYPE_CHECKING:
+    from .layer import Owned
 
 __all__ = ["Arrays", "Prepared", "Step"]
 
@@ -104,6 +107,11 @@ class Step:
         self.batch = made.batch
         self._packed.renew(made.arrays)
         self.rebound()
+
+    def write(self, store: Store, k: torch.Tensor, v: torch.Tensor, owned: Owned) -> None:
+        """Store new keys and values, if the step writes any."""
+        if self.placed is not None:
+            store.write(self.placed, k, v, owned.k_scale_there, owned.v_scale_there)
 
     def rebound(self) -> None:
         """Plan anew what the vendor plans, after `renew`."""

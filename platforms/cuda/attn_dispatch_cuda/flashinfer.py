@@ -1,0 +1,156 @@
+"""`cuda/flashinfer`: FlashInfer's decode and prefill wrappers, planned in our plan and run in our run.
+
+Loading this imports no vendor. Written against flashinfer-python 0.7.2.post1 (its Python, its kernels' sources, which
+the compile cell builds); never run on a GPU here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attn_dispatch.backend import Availability, Refusal, Verdict
+from attn_dispatch.contract import AttentionSpec, CacheLayout, layout_named
+from attn_dispatch.errors import EnvironmentVariableError
+
+from .gpus import written
+from .machine import Machine
+from .paged import PagedCudaBackend, plain_refusals
+from .plans import CudaPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from .flashinfer_step import InferStep
+    from .layer import Owned
+    from .store import Store
+
+__all__ = ["KERNELS_VARIABLE", "LAYOUT_VARIABLE", "FlashInferBackend", "decode_kernel", "kernels"]
+
+KERNELS_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER"
+"""`auto`, `fa2` or `fa3`: FlashInfer's prefill kernels. fa3 (Hopper) takes nvcc minutes where no wheel has it built."""
+
+LAYOUT_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER_LAYOUT"
+"""`NHD` (default: shared with FlashAttention) or `HND`."""
+
+UNTRIED = "by the vendor's sources and signatures; never run on a GPU by this project"
+
+_HEAD_SIZES = (64, 128, 256)
+_ELSEWHERE = "Ask for triton/paged or torch/sdpa"
+_INSTALL = "pip install flashinfer-python, with nvcc and ninja to build its kernels (or flashinfer-jit-cache, built)"
+
+
+class FlashInferBackend(PagedCudaBackend):
+    """Decodes by the decode wrapper, everything else by the prefill wrapper; lists of pages instead of block tables."""
+
+    def probe(self) -> Availability:
+        """A GPU, torch's CUDA build, FlashInfer, and its kernels or a compiler for them."""
+        version = self.machine.version("flashinfer-python") or ""
+        missing = self.machine.needs_torch()
+        if missing is not None:
+            return Availability(False, missing.reason, missing.remedy, version)
+        if not self.machine.locations("flashinfer"):
+            return Availability(False, "FlashInfer is not installed", _INSTALL)
+        for capability in self.machine.capabilities:
+            if capability < (8, 0):
+                reason = (
+                    f"FlashInfer's kernels are for sm_80 and later, {self.machine.gpus[0]} is {written(capability)}"
+                )
+                return Availability(False, reason, _ELSEWHERE, version)
+        built = kernels(self.machine)
+        if not built:
+            reason = f"FlashInfer {version} has no kernels: neither nvcc with ninja nor prebuilt ones were found"
+            return Availability(False, reason, _INSTALL, version)
+        return Availability(True, f"FlashInfer {version} ({built}) on {self.machine.gpus[0]}; {UNTRIED}", "", version)
+
+    def verdict(self, spec: AttentionSpec) -> Verdict:
+        """Sizes that its kernels were written for, its own ALiBi slopes, and windows with a closed right side."""
+        no = plain_refusals(spec, "FlashInfer")
+        stored = spec.kv_cache_dtype
+        if stored != spec.dtype and not stored.startswith("float8"):
+            accepts = f"FlashInfer reads a cache of the layer's own type ({spec.dtype}) or fp8"
+            no.append(Refusal("kv_cache_dtype", stored, accepts, "Ask for one of these"))
+        if spec.head_size not in _HEAD_SIZES:
+            accepts = f"FlashInfer's kernels are for {', '.join(map(str, _HEAD_SIZES))}"
+            no.append(Refusal("head_size", spec.head_size, accepts, _ELSEWHERE))
+        if spec.value_head_size != spec.head_size:
+            accepts = f"FlashInfer's paged kernels take values as wide as keys, {spec.head_size}"
+            no.append(Refusal("value_head_size", spec.value_head_size, accepts, _ELSEWHERE))
+        if spec.alibi:
+            accepts = "FlashInfer computes slopes of its own, a layer's cannot be given"
+            no.append(Refusal("alibi", True, accepts, "Ask for cuda/flash-attention with FlashAttention 2"))
+        if spec.window[1] > 0:
+            accepts = "FlashInfer closes the right side of a window at the query itself, or not at all"
+            no.append(Refusal("window", spec.window, accepts, "Ask for cuda/flash-attention"))
+        return self.refuse(*no) if no else self.accept(UNTRIED)
+
+    def layout(self, spec: AttentionSpec) -> CacheLayout:
+        """By the variable: FlashInfer reads both.
+
+        Raises:
+            EnvironmentVariableError: it names another.
+        """
+        return layout_named(_chosen(LAYOUT_VARIABLE, ("NHD", "HND")))
+
+    def step(
+        self, spec: AttentionSpec, plan: CudaPlan, device: torch.device, *, paged: bool, capacity: int | None
+    ) -> InferStep:
+        """Plan FlashInfer's wrappers."""
+        from .flashinfer_step import InferStep
+
+        return InferStep(
+            spec,
+            plan.view,
+            device,
+            paged=paged,
+            capacity=capacity,
+            layout=self.layout(spec).name,
+            kernels=_chosen(KERNELS_VARIABLE, ("auto", "fa2", "fa3")),
+        )
+
+    def attend(
+        self,
+        step: Any,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        store: Store | None,
+        owned: Owned,
+        out: torch.Tensor | None,
+        *,
+        wants_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the wrappers that the step planned."""
+        pair = (k, v) if store is None else (store.key, store.value)
+        result: tuple[torch.Tensor, torch.Tensor | None] = step.run(q, pair, owned, out, wants_lse=wants_lse)
+        return result
+
+
+def decode_kernel(group_size: int) -> bool:
+    """Whether decodes go over tensor cores: a group of several heads fills a tile of theirs.
+
+    FlashInfer's CUDA-core kernel is compiled for few group sizes, and reads keys once for each head of a group.
+    """
+    return group_size not in (1, 2)
+
+
+def kernels(machine: Machine) -> str:
+    """Return where FlashInfer's kernels would come from, in words; empty when from nowhere."""
+    if machine.locations("flashinfer_jit_cache"):
+        return "prebuilt kernels"
+    if any((folder / "data" / "aot").is_dir() for folder in machine.locations("flashinfer")):
+        return "prebuilt kernels"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    # Where FlashInfer looks: the variable alone if it is set, else the path, else the usual folder.
+    usual = Path(home or "/usr/local/cuda") / "bin" / "nvcc"
+    compiler = usual.exists() or (not home and shutil.which("nvcc") is not None)
+    return "kernels built here by nvcc" if compiler and shutil.which("ninja") else ""
+
+
+def _chosen(variable: str, accepted: tuple[str, ...]) -> str:
+    text = os.environ.get(variable) or accepted[0]
+    if text not in accepted:
+        raise EnvironmentVariableError(f"{variable}={text!r} is not one of {', '.join(accepted)}")
+    return text

@@ -1,0 +1,187 @@
+"""xFormers' masks for a batch, and its call.
+
+The kernel wants equally many queries of every sequence, at most 16, under a causal mask. A longer prompt is cut into
+pieces of 16, 8, 4, 2 and 1 queries that are sequences of their own over the same pages, each as long as its last query
+can see: bottom-right causality makes that exact. Pieces of one length are one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from xformers.ops import fmha
+from xformers.ops.fmha import attn_bias
+from xformers.ops.fmha.triton_splitk import FwOp
+
+from attn_dispatch.contract import AttentionSpec, BatchView
+from attn_dispatch.errors import PlanError
+
+from .batch import I32, Batch
+from .step import Arrays, Step
+from .store import Store
+
+__all__ = ["LONGEST_PIECE", "Pieces", "XformersStep", "mask_of", "pieces_of"]
+
+LONGEST_PIECE = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Sequences that one call attends for.
+
+    Attributes:
+        rows: i64[n], rows of q (None: all, in order).
+        query_lens: queries of each.
+        lens: i32[s].
+        tables: i32[s, W].
+    """
+
+    rows: npt.NDArray[np.int64] | None
+    query_lens: list[int]
+    lens: I32
+    tables: I32
+
+
+def pieces_of(batch: Batch, causal: bool) -> list[Pieces]:
+    """Cut a batch up for the kernel."""
+    queries = np.diff(batch.query_start)
+    if not causal or (batch.uniform and batch.max_query <= LONGEST_PIECE):
+        return [Pieces(None, queries.tolist(), batch.lens, batch.tables)]
+    # Sizes of each sequence's pieces: as many of 16 as there are, then the rest by its binary digits.
+    by_size: dict[int, list[tuple[int, int]]] = {}  # (sequence, its query that the piece begins with)
+    for s, count in enumerate(queries.tolist()):
+        at = 0
+        while at < count:
+            size = LONGEST_PIECE if count - at >= LONGEST_PIECE else 1 << ((count - at).bit_length() - 1)
+            by_size.setdefault(size, []).append((s, at))
+            at += size
+    found = []
+    for size, pieces in sorted(by_size.items()):
+        owner, begin = (np.array(column, np.int64) for column in zip(*pieces, strict=True))
+        first = batch.query_start[owner].astype(np.int64) + begin
+        rows = (first[:, None] + np.arange(size)).ravel()
+        lens = batch.lens[owner] - (queries[owner] - begin - size)
+        whole = len(by_size) == 1 and np.array_equal(rows, np.arange(batch.num_tokens))
+        found.append(Pieces(None if whole else rows, [size] * len(owner), lens.astype(np.int32), batch.tables[owner]))
+    return found
+
+
+def mask_of(
+    pieces: Pieces, lens: torch.Tensor, tables: torch.Tensor, starts: torch.Tensor, page_size: int, *, causal: bool
+) -> Any:
+    """Return xFormers' mask for pieces whose lengths and tables are on a device already.
+
+    Args:
+        pieces: on the host.
+        lens: i32[s].
+        tables: i32[s, W].
+        starts: i32[2, s + 1], where each piece's queries begin, and its keys if every one had a full table.
+        page_size: B.
+        causal: the mask's kind.
+    """
+    queries, width = pieces.query_lens, pieces.tables.shape[1] * page_size
+    ends = np.cumsum([0, *queries]).tolist()
+    q_seqinfo = attn_bias._SeqLenInfo(
+        seqstart=starts[0], max_seqlen=max(queries), min_seqlen=min(queries), seqstart_py=ends
+    )
+    sizes = pieces.lens.tolist()
+    k_seqinfo = attn_bias._PaddedSeqLenInfo(
+        seqlen=lens,
+        seqlen_py=sizes,
+        padding=width,
+        seqstart=starts[1],
+        seqstart_py=list(range(0, (len(queries) + 1) * width, width)),
+        max_seqlen=max(sizes),
+        min_seqlen=min(sizes),
+    )
+    kind = (
+        attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask
+        if causal
+        else attn_bias.PagedBlockDiagonalPaddedKeysMask
+    )
+    return kind(q_seqinfo=q_seqinfo, k_seqinfo=k_seqinfo, block_tables=tables, page_size=page_size)
+
+
+class XformersStep(Step):
+    """A batch as calls of xFormers: for each, rows of q (None: all) and a mask."""
+
+    def __init__(
+        self, spec: AttentionSpec, view: BatchView, device: torch.device, *, paged: bool, capacity: int | None
+    ) -> None:
+        if capacity is not None:
+            raise PlanError(
+                "xFormers' masks keep lengths on the host: a captured graph would not see new ones. Use "
+                "cuda/flash-attention or cuda/flashinfer for fixed plans"
+            )
+        self._pieces: list[Pieces] = []
+        self.calls: list[tuple[torch.Tensor | None, Any]] = []
+        super().__init__(spec, view, device, paged=paged, capacity=None)
+
+    def more(self, batch: Batch, view: BatchView) -> Arrays:
+        """Every call's rows, lengths, tables and starts."""
+        self._pieces = pieces_of(batch, self.spec.causal)
+        arrays: Arrays = {}
+        for i, pieces in enumerate(self._pieces):
+            count, width = len(pieces.lens), pieces.tables.shape[1] * self.spec.block_size
+            starts = np.stack([np.cumsum([0, *pieces.query_lens]), np.arange(count + 1) * width]).astype(np.int32)
+            arrays |= {f"lens{i}": pieces.lens, f"tables{i}": pieces.tables, f"starts{i}": starts}
+            if pieces.rows is not None:
+                arrays[f"rows{i}"] = pieces.rows
+        return arrays
+
+    def bind(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Make the masks."""
+        for i, pieces in enumerate(self._pieces):
+            mask = mask_of(
+                pieces,
+                tensors[f"lens{i}"],
+                tensors[f"tables{i}"],
+                tensors[f"starts{i}"],
+                self.spec.block_size,
+                causal=self.spec.causal,
+            )
+            self.calls.append((tensors.get(f"rows{i}"), mask))
+
+    def arguments(self, q: torch.Tensor, store: Store, mask: Any) -> dict[str, Any]:
+        """Return what `memory_efficient_attention_forward` and `_partial` are given, for queries [n, H, D].
+
+        With groups: query [1, n, K, G, D] over keys [1, N * B, K, G, D] whose heads of a group are one in memory.
+        """
+        spec = self.spec
+        groups, heads = spec.num_kv_heads, spec.group_size
+        query = q.reshape(1, -1, groups, heads, spec.head_size)
+        key, value = (
+            array.view(1, -1, groups, 1, spec.head_size).expand(-1, -1, -1, heads, -1)
+            for array in (store.key, store.value)
+        )
+        return {"query": query, "key": key, "value": value, "attn_bias": mask, "scale": spec.scale, "op": FwOp}
+
+    def run(
+        self, q: torch.Tensor, store: Store, out: torch.Tensor | None, *, wants_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend, call by call."""
+        spec = self.spec
+        lse = q.new_empty((len(q), spec.num_heads), dtype=torch.float32) if wants_lse else None
+        for rows, mask in self.calls:
+            picked = q if rows is None else q.index_select(0, rows)
+            given = self.arguments(picked, store, mask)
+            if wants_lse:
+                found, part = fmha.memory_efficient_attention_partial(**given)
+                # [1, K, G, n] -> [n, H], natural.
+                part = part.reshape(spec.num_heads, -1).t().float()
+            else:
+                found, part = fmha.memory_efficient_attention_forward(**given), None
+            found = found.reshape(len(picked), spec.num_heads, spec.value_head_size)
+            if rows is None:
+                return found, part
+            if out is None:
+                out = q.new_empty((len(q), spec.num_heads, spec.value_head_size))
+            out.index_copy_(0, rows, found)
+            if lse is not None:
+                lse.index_copy_(0, rows, part)
+        assert out is not None
+        return out, lse

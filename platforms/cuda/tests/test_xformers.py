@@ -1,0 +1,230 @@
+"""xFormers without a GPU: verdicts, calls against the real package, and its own masks against the contract."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attn_dispatch as ad
+from attn_dispatch.errors import PlanError
+from attn_dispatch_cuda.batch import cut
+from attn_dispatch_cuda.store import Store
+from attn_dispatch_cuda.xformers import XformersBackend
+
+from .conftest import MakeMachine, real
+
+xformers = pytest.importorskip("xformers", reason="not run: xformers is not installed")
+pytest.importorskip("xformers.ops.fmha", reason="not run: xformers does not import beside what is installed")
+
+from xformers.ops import fmha  # noqa: E402
+
+from attn_dispatch_cuda.xformers_step import XformersStep, pieces_of  # noqa: E402
+
+SITE = Path(xformers.__file__).parent.parent
+BLOCK = 64
+CPU = torch.device("cpu")
+H200 = "NVIDIA H200"
+
+
+def spec(**fields: Any) -> ad.AttentionSpec:
+    plain = {"num_heads": 6, "num_kv_heads": 2, "head_size": 64, "dtype": "bfloat16", "block_size": BLOCK}
+    return ad.AttentionSpec(**(plain | fields))
+
+
+def with_triton(tmp_path: Path) -> Path:
+    """A folder in which Triton is installed (empty: nothing of it is read to find that out)."""
+    (tmp_path / "more" / "triton").mkdir(parents=True)
+    (tmp_path / "more" / "triton" / "__init__.py").touch()
+    return tmp_path / "more"
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({}, []),
+        ({"block_size": 128, "dtype": "float16", "head_size": 512}, []),
+        ({"sinks": True, "returns_lse": True}, []),
+        ({"kind": "cross"}, []),
+        ({"causal": False}, []),
+        ({"block_size": 32}, ["block_size"]),
+        ({"head_size": 96}, ["head_size"]),
+        ({"value_head_size": 32}, ["value_head_size"]),
+        ({"window": (9, 0)}, ["window"]),
+        ({"logits_soft_cap": 3.0}, ["logits_soft_cap"]),
+        ({"alibi": True}, ["alibi"]),
+        ({"kind": "encoder"}, ["kind"]),
+        ({"dtype": "float32"}, ["dtype"]),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, ["kv_cache_dtype"]),
+    ],
+    ids=str,
+)
+def test_verdicts(machine: MakeMachine, fields: dict[str, Any], refused: list[str]) -> None:
+    verdict = XformersBackend("x/formers", machine(H200, more=(SITE,))).verdict(spec(**fields))
+    assert [refusal.field for refusal in verdict.refusals] == refused
+    assert all(refusal.accepts and refusal.remedy for refusal in verdict.refusals)
+
+
+def test_what_is_missing_is_said(machine: MakeMachine, tmp_path: Path) -> None:
+    more = with_triton(tmp_path)
+    probe = lambda *models, **have: XformersBackend("x/y", machine(*models, **have)).probe()  # noqa: E731
+    assert "no NVIDIA GPU" in probe(more=(SITE, more)).reason
+    assert "not installed" in probe(H200, more=(more,)).reason
+    assert "sm_75" in probe("Tesla T4", more=(SITE, more)).reason
+    assert probe(H200, more=(SITE, more))
+
+
+@pytest.mark.interface
+def test_flash_attention_4_alone_keeps_xformers_from_being_imported(machine: MakeMachine, tmp_path: Path) -> None:
+    """The real packages, side by side: that the probe says so is no guess. With FlashAttention 2 beside, it is gone."""
+    alone, both = real("flash-attn-4"), real("flash-attn")
+    environ = os.environ | {"PYTHONPATH": str(alone)}
+    command = [sys.executable, "-c", "import xformers.ops.fmha"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "flash_attn.flash_attn_interface" in done.stderr
+    more = with_triton(tmp_path)
+    found = XformersBackend("x/y", machine(H200, packages=("flash-attn-4",), more=(SITE, more))).probe()
+    assert not found
+    assert "FlashAttention 4 alone" in found.reason
+    assert (both / "flash_attn" / "flash_attn_interface.py").exists()
+    assert XformersBackend("x/y", machine(H200, packages=("flash-attn",), more=(SITE, more))).probe()
+
+
+CROSS = {"encoder_seq_lens": [70, 3, 9], "encoder_block_tables": [[5, 0], [2], [1]]}
+BATCHES: dict[str, tuple[dict[str, Any], ad.AttentionMetadata]] = {
+    "decodes": ({}, ad.AttentionMetadata.build([1, 1, 1], [1, 70, 128], [[4], [3, 1], [0, 6]], BLOCK)),
+    "speculation": ({}, ad.AttentionMetadata.build([4, 4], [4, 90], [[4], [3, 1]], BLOCK)),
+    "a long prompt": ({}, ad.AttentionMetadata.build([45], [45], [[4]], BLOCK)),
+    "mixed": ({}, ad.AttentionMetadata.build([1, 37, 5, 0, 2], [66, 100, 5, 9, 0], [[4, 1], [3, 6], [0], [7], []],
+                                             BLOCK, slot_mapping=[-1] * 45)),
+    "not causal": ({"causal": False}, ad.AttentionMetadata.build([1, 20], [30, 70], [[4], [3, 1]], BLOCK)),
+    "cross": ({"kind": "cross"}, ad.AttentionMetadata.build([3, 1, 2], [3, 1, 2], [[], [], []], BLOCK,
+                                                            slot_mapping=[-1] * 6, **CROSS)),
+}  # fmt: skip
+
+
+def reference(layer: ad.AttentionSpec, batch: ad.AttentionMetadata, q: Any, key: Any, value: Any) -> Any:
+    """The contract's result over a filled cache, nothing written."""
+    exact = ad.attention(layer, "reference")
+    cache = exact.allocate(8)
+    for name, side in (("key", key), ("value", value)):
+        cache.arrays[name][...] = side.transpose(0, 2, 1, 3)
+    shared = ad.attention(ad.AttentionSpec(**{**vars_of(layer), "writes_kv": False}), "reference")
+    return shared.run(shared.plan(batch), q, cache=cache, return_lse=True)
+
+
+def vars_of(layer: ad.AttentionSpec) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in ad.AttentionSpec.__dataclass_fields__}
+
+
+@pytest.mark.interface
+@pytest.mark.parametrize("name", BATCHES)
+def test_its_own_masks_say_what_the_contract_means(name: str) -> None:
+    """xFormers writes its masks out (`materialize`): attention with them is the contract's, piece by piece."""
+    fields, batch = BATCHES[name]
+    layer = spec(dtype="float32", returns_lse=True, **fields)
+    rng = np.random.default_rng(0)
+    view = batch.view(layer.kind)
+    q = rng.standard_normal((view.num_tokens, 6, 64)).astype(np.float32)
+    key, value = (rng.standard_normal((8, BLOCK, 2, 64)).astype(np.float32) for _ in range(2))
+    step = XformersStep(layer, view, CPU, paged=True, capacity=None)
+    out = np.full((view.num_tokens, 6, 64), np.nan, np.float32)
+    for rows, mask in step.calls:
+        at = np.arange(view.num_tokens) if rows is None else rows.numpy()
+        every = mask.materialize((len(at), len(mask.q_seqinfo.seqstart_py[:-1]) * mask.k_seqinfo.padding)).numpy()
+        physical = every.shape[-1]  # pages beyond the highest in use are left out
+        flat = [np.repeat(side.reshape(-1, 2, 64)[:physical], 3, axis=1) for side in (key, value)]
+        scores = np.einsum("qhd,khd->hqk", q[at], flat[0]) * layer.scale + every
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out[at] = np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), flat[1])
+        kind = type(mask)
+        assert kind in (
+            fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask,
+            fmha.attn_bias.PagedBlockDiagonalPaddedKeysMask,
+        )
+    if step.idle is not None:
+        out[step.idle.numpy()[:, 0]] = 0
+    expected, _ = reference(layer, batch, q, key, value)
+    assert np.abs(out - expected).max() < 1e-5
+
+
+@pytest.mark.interface
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernel_takes_what_it_is_given(name: str) -> None:
+    """xFormers' own list of reasons against, for the real inputs: nothing but that they are not on a GPU."""
+    fields, batch = BATCHES[name]
+    layer = spec(**fields)
+    view = batch.view(layer.kind)
+    cache = ad.attention(layer, "reference").allocate(8).to_layout("NHD")
+    store = Store(cache)
+    step = XformersStep(layer, view, CPU, paged=True, capacity=None)
+    q = torch.zeros(view.num_tokens, 6, 64, dtype=torch.bfloat16)
+    for rows, mask in step.calls:
+        given = step.arguments(q if rows is None else q[rows], store, mask)
+        op = given.pop("op")
+        inputs = fmha.Inputs(**given)
+        inputs.validate_inputs()
+        reasons = op.not_supported_reasons(inputs)
+        allowed = ("device=cpu", "triton is not available", "Operator wasn't built")
+        assert [r for r in reasons if not any(word in r for word in allowed)] == []
+        assert given["key"].data_ptr() == store.key.data_ptr()
+        assert given["key"].shape == (1, 8 * BLOCK, 2, 3, 64)
+    for function in (fmha.memory_efficient_attention_forward, fmha.memory_efficient_attention_partial):
+        inspect.signature(function).bind(**given, op=op)
+
+
+@pytest.mark.interface
+def test_too_small_pages_and_too_many_queries_are_the_kernels_own_limits() -> None:
+    """What the verdict refuses and the step cuts up is what xFormers itself would refuse."""
+    layer = spec(block_size=32)
+    batch = ad.AttentionMetadata.build([20], [20], [[4]], 32)
+    cache = ad.attention(layer, "reference").allocate(8).to_layout("NHD")
+    mask = fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        [20], [20], block_tables=torch.tensor([[4]], dtype=torch.int32), page_size=32
+    )
+    step = XformersStep(layer, batch.view("decoder"), CPU, paged=True, capacity=None)
+    given = step.arguments(torch.zeros(20, 6, 64, dtype=torch.bfloat16), Store(cache), mask)
+    reasons = " ".join(given.pop("op").not_supported_reasons(fmha.Inputs(**given)))
+    assert "larger than 16 for causal" in reasons
+    assert "page size should be divisible" in reasons
+
+
+def test_our_masks_equal_those_of_the_vendors_own_maker() -> None:
+    fields, batch = BATCHES["decodes"]
+    step = XformersStep(spec(**fields), batch.view("decoder"), CPU, paged=True, capacity=None)
+    ((_, mask),) = step.calls
+    theirs = type(mask).from_seqlens(
+        [1, 1, 1], [1, 70, 128], block_tables=torch.tensor([[4, 0], [3, 1], [0, 6]], dtype=torch.int32), page_size=BLOCK
+    )
+    assert mask.block_tables.tolist() == theirs.block_tables.tolist()
+    for side in ("q_seqinfo", "k_seqinfo"):
+        mine, other = getattr(mask, side), getattr(theirs, side)
+        assert mine.seqstart.tolist() == other.seqstart.tolist()
+        assert list(mine.seqstart_py) == list(other.seqstart_py)
+        assert (mine.max_seqlen, mine.min_seqlen) == (other.max_seqlen, other.min_seqlen)
+    assert mask.k_seqinfo.seqlen.tolist() == theirs.k_seqinfo.seqlen.tolist()
+    assert list(mask.k_seqinfo.seqlen_py) == list(theirs.k_seqinfo.seqlen_py)
+    assert mask.k_seqinfo.padding == theirs.k_seqinfo.padding
+
+
+def test_pieces_cover_every_query_once() -> None:
+    batch = ad.AttentionMetadata.build([1, 37, 5, 16], [66, 100, 5, 40], [[4, 1], [3, 6], [0], [7]], BLOCK)
+    pieces = pieces_of(cut(batch.view("decoder"), BLOCK, paged=True), True)
+    rows = np.concatenate([p.rows for p in pieces if p.rows is not None])
+    assert sorted(rows.tolist()) == list(range(59))
+    assert [p.query_lens[0] for p in pieces] == [1, 4, 16]
+    assert all(len(set(p.query_lens)) == 1 for p in pieces)
+
+
+def test_a_fixed_plan_is_refused_with_words() -> None:
+    fields, batch = BATCHES["decodes"]
+    with pytest.raises(PlanError, match="cuda/flash-attention or cuda/flashinfer"):
+        XformersStep(spec(**fields), batch.view("decoder"), CPU, paged=True, capacity=256)
