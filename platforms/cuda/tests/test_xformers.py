@@ -106,8 +106,7 @@ BATCHES: dict[str, tuple[dict[str, Any], ad.AttentionMetadata]] = {
     "mixed": ({}, ad.AttentionMetadata.build([1, 37, 5, 0, 2], [66, 100, 5, 9, 0], [[4, 1], [3, 6], [0], [7], []],
                                              BLOCK, slot_mapping=[-1] * 45)),
     "not causal": ({"causal": False}, ad.AttentionMetadata.build([1, 20], [30, 70], [[4], [3, 1]], BLOCK)),
-    "cross": ({"kind": "cross"}, ad.AttentionMetadata.build([3, 1, 2], [3, 1, 2], [[], [], []], BLOCK,
-                                                            slot_mapping=[-1] * 6, **CROSS)),
+    "cross": ({"kind": "cross"}, ad.AttentionMetadata.build([3, 1, 2], [3, 1, 2], [[3], [4], [6]], BLOCK, **CROSS)),
 }  # fmt: skip
 
 
