@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +316,51 @@ def test_vllms_operator_is_given_all_its_arguments_by_position() -> None:
     _, arguments = given("vllm-fa3", ENCODED, spec(kind="encoder"))
     assert (arguments["page_table"], arguments["seqused_k"]) == (None, None)
     assert arguments["cu_seqlens_k"].tolist() == [0, 5, 14]
+
+
+@pytest.mark.interface
+@pytest.mark.parametrize("kind", ["fa2", "fa3", "vllm-fa3"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"window": (30, 0)}, {"window": (0, 0)}, {"logits_soft_cap": 2.0}, {"causal": False, "window": (20, 5)}],
+    ids=str,
+)
+def test_the_vendor_means_by_these_arguments_what_the_contract_does(
+    monkeypatch: pytest.MonkeyPatch, kind: str, fields: dict[str, Any]
+) -> None:
+    """The vendor's own tests compute in plain PyTorch what windows, caps and causality mean."""
+    pytest.importorskip("einops", reason="not run: einops is not installed")
+    monkeypatch.syspath_prepend(str(real(FA2) / "hopper"))
+    monkeypatch.delitem(sys.modules, "test_util", raising=False)
+    import test_util
+
+    layer = spec(dtype="float32", writes_kv=False, **fields)
+    batch = ad.AttentionMetadata.build([1, 9, 40], [70, 9, 300], [[3], [5], [0, 7]], block_size=256)
+    _, arguments = given(kind, batch, layer)
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((50, 8, 128)).astype(np.float32)
+    key, value = (rng.standard_normal((8, 256, 2, 128)).astype(np.float32) for _ in range(2))
+    exact = ad.attention(layer, "reference")
+    cache = exact.allocate(8)
+    cache.arrays["key"][...], cache.arrays["value"][...] = (side.transpose(0, 2, 1, 3) for side in (key, value))
+    expected = exact.run(exact.plan(batch), q, cache=cache)
+    window = arguments.get("window_size") or (arguments["window_size_left"], arguments["window_size_right"])
+    causal = arguments["causal"] if "causal" in arguments else arguments["is_causal"]
+    tables = arguments.get("block_table") if kind == "fa2" else arguments["page_table"]
+    lens = (
+        np.diff(arguments["cu_seqlens_k"])
+        if kind == "fa2"
+        else arguments.get("cache_seqlens", arguments.get("seqused_k"))
+    )
+    for s, (length, table) in enumerate(zip(lens.tolist(), tables.tolist(), strict=True)):
+        rows = slice(*arguments["cu_seqlens_q"][s : s + 2].tolist())
+        keys, values = (torch.from_numpy(side[table].reshape(-1, 2, 128)[None, :length]) for side in (key, value))
+        found, _ = test_util.attention_ref(
+            torch.from_numpy(q[None, rows]),
+            keys,
+            values,
+            causal=causal,
+            window_size=window,
+            softcap=arguments["softcap"],
+        )
+        assert np.abs(found[0].numpy() - expected[rows]).max() < 1e-5

@@ -1,0 +1,78 @@
+"""The compile cell: that it fails where it should, with the real compiler on small kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from attn_dispatch_cuda import compile_cell
+
+KERNEL = """
+__global__ void twice(float* x) {{ x[threadIdx.x] *= 2.0f; {broken} }}
+extern "C" void launch(float* x) {{ twice<<<1, 32>>>(x); }}
+"""
+
+
+def built(tmp_path: Path, broken: str) -> subprocess.CompletedProcess[str]:
+    """Build one kernel as FlashInfer builds its own, in a process that is prepared like the cell's."""
+    found = compile_cell.toolkit()
+    if found is None or shutil.which("ninja") is None:
+        pytest.skip("not run: needs nvcc and ninja (nvidia-cuda-nvcc, ninja)")
+    (tmp_path / "kernel.cu").write_text(KERNEL.format(broken=broken))
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from attn_dispatch_cuda import compile_cell as cell\n"
+        "work = Path(sys.argv[1])\n"
+        "found = cell.toolkit()\n"
+        "cell.prepare(found, work, '9.0a')\n"
+        "from flashinfer.jit.core import gen_jit_spec\n"
+        "library, seconds = cell.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)\n"
+        "for kernel in cell.kernels_in(library, found.cuobjdump):\n"
+        "    print(kernel.name, kernel.registers, kernel.stack_bytes)\n"
+        "print(cell.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)[1])\n"
+    )
+    command = [shutil.which("python") or "python", "-c", script, str(tmp_path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_kernel_is_built_measured_and_kept(tmp_path: Path) -> None:
+    pytest.importorskip("flashinfer", reason="not run: flashinfer is not installed")
+    done = built(tmp_path, "")
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernel, again = done.stdout.splitlines()[-2:]
+    name, registers, stack = kernel.split()
+    assert "twice" in name
+    assert 1 < int(registers) < 40
+    assert int(stack) == 0
+    assert float(again) == 0.0
+
+
+def test_a_broken_kernel_fails(tmp_path: Path) -> None:
+    pytest.importorskip("flashinfer", reason="not run: flashinfer is not installed")
+    done = built(tmp_path, "no_such_function();")
+    assert done.returncode != 0
+    assert "no_such_function" in done.stderr + done.stdout
+    assert not list(tmp_path.rglob("small.so"))
+
+
+def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
+    """An interpreter that sees none of the wheels, with an empty path."""
+    environ = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(compile_cell.__file__).parent)}
+    script = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('cell', sys.argv[1])\n"
+        "cell = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['cell'] = cell\n"
+        "spec.loader.exec_module(cell)\n"
+        "sys.exit(cell.main([]))\n"
+    )
+    python = os.path.realpath(shutil.which("python3") or "python3")
+    command = [python, "-I", "-S", "-c", script, compile_cell.__file__]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "no nvcc (pip install nvidia-cuda-nvcc" in done.stderr
