@@ -1,6 +1,6 @@
-"""Prefill on the CPU: `cpu/numba` against torch's SDPA and vLLM's C++ kernel.
+"""Prefill on the CPU: `cpu/numba` against torch's SDPA, OpenVINO's PagedAttention and vLLM's C++ kernel.
 
-    python benchmarks/cpu_prefill.py --threads 2 --sdpa --vllm path/to/_C.abi3.so
+    python benchmarks/cpu_prefill.py --threads 2 --sdpa --openvino --vllm path/to/_C.abi3.so
 
 Cells are sequences x new tokens, causal, nothing computed before. Rivals are interleaved round after round; a ratio is
 the median and the minimum of their times next to each other. torch gets keys and values that lie together, repeated for
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--cells", default="", help="as 1x512,4x1024; default: all")
     parser.add_argument("--vllm", default="", help="path of vLLM's _C...so")
     parser.add_argument("--sdpa", action="store_true")
+    parser.add_argument("--openvino", action="store_true", help="through `openvino/paged`, over a cache of its own")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     os.environ["ATTN_DISPATCH_NUM_THREADS"] = str(arguments.threads)
@@ -54,11 +55,19 @@ def measure(batch: int, tokens: int, arguments: argparse.Namespace) -> dict[str,
     per_sequence = -(-tokens // spec.block_size)
     table = np.random.default_rng(0).permutation(batch * per_sequence).reshape(batch, per_sequence).astype(np.int32)
     cache = attn.allocate(table.size)
-    plan = attn.plan(ad.AttentionMetadata.build([tokens] * batch, [tokens] * batch, table, spec.block_size))
+    metadata = ad.AttentionMetadata.build([tokens] * batch, [tokens] * batch, table, spec.block_size)
+    plan = attn.plan(metadata)
     q = inputs.q.view(ml_dtypes.bfloat16)
     k, v = (x.reshape(-1, *x.shape[2:]).view(ml_dtypes.bfloat16) for x in (inputs.keys, inputs.values))
     out = np.empty_like(q)
     rivals: dict[str, Callable[[], Any]] = {"ours": lambda: attn.run(plan, q, k, v, cache, out)}
+    if arguments.openvino:
+        other = ad.attention(spec, backend="openvino/paged")
+        own, planned, result = other.allocate(table.size), other.plan(metadata), np.empty_like(q)
+        rivals["openvino"] = lambda: other.run(planned, q, k, v, own, result)
+        for run in rivals.values():
+            run()
+        np.testing.assert_allclose(out.astype(np.float32), result.astype(np.float32), rtol=0.02, atol=0.05)
     if arguments.vllm or arguments.sdpa:
         import torch
 
@@ -87,7 +96,7 @@ def measure(batch: int, tokens: int, arguments: argparse.Namespace) -> dict[str,
     row["f32_gflops"] = roofline.operations_per_second / 1e9
     text = f"{batch}x{tokens:<5} {arguments.threads} threads: {row['ours_ms']:9.2f} ms, {row['gflops']:.0f} GFLOP/s"
     text += f" (f32 peak {row['f32_gflops']:.0f})"
-    for name in ("vllm", "sdpa"):
+    for name in ("vllm", "openvino", "sdpa"):
         if name in times:
             row[name] = statistics.median(b / a for a, b in zip(times["ours"], times[name], strict=True))
             row[f"{name}_min"] = min(times[name]) / min(times["ours"])
