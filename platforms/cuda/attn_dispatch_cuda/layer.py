@@ -87,6 +87,8 @@ def run(
         keys, values = (None if x is None else _rows(x) for x in (k, v))
         if store is not None and keys is not None and values is not None:
             step.write(store, keys, values, layer)
+        if not step.batch.num_tokens:  # an encoder's keys may come in a step without queries
+            return nothing(step.spec, q, out, return_lse)
         inside = layer.sinks is not None and backend.sinks_inside(step, layer)
         outside = layer.sinks is not None and not inside
         direct = out if out is not None and out.is_contiguous() and not out.requires_grad else None

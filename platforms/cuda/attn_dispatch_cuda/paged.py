@@ -42,6 +42,7 @@ class PagedCudaBackend(Backend):
     """A vendor's attention over a paged cache on an NVIDIA GPU."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",))
+    device_type: ClassVar[str] = "cuda"
 
     def __init__(self, name: str, machine: Machine | None = None) -> None:
         super().__init__(name)
@@ -89,9 +90,21 @@ class PagedCudaBackend(Backend):
         import torch
 
         with torch.inference_mode(False):
-            where = torch.device(device) if device else _default_device()
+            where = torch.device(device) if device else self.default_device()
             pinned = where.type == "cpu" and torch.cuda.is_available()
             return torch.zeros(shape, dtype=getattr(torch, dtype), device=where, pin_memory=pinned)
+
+    def default_device(self) -> torch.device:
+        """Return the current GPU.
+
+        Raises:
+            CacheError: torch finds none.
+        """
+        import torch
+
+        if not torch.cuda.is_available():
+            raise CacheError("torch finds no GPU here: name a device, or see attn-dispatch doctor")
+        return torch.device("cuda", torch.cuda.current_device())
 
     def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
         """Return a zeroed cache."""
@@ -116,8 +129,8 @@ class PagedCudaBackend(Backend):
     def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> CudaPlan:
         """Cut the batch for the vendor's kernels and bring it to the current GPU, in one copy."""
         plan = CudaPlan(spec=spec, view=metadata.view(spec.kind))
-        if plan.num_tokens:
-            self._step_on(plan, _default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
+        if plan.num_tokens or plan.num_new:
+            self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
         return plan
 
     def fixed_plan(self, spec: AttentionSpec, metadata: AttentionMetadata, max_seq_len: int) -> CudaPlan:
@@ -132,7 +145,7 @@ class PagedCudaBackend(Backend):
             PlanError: the batch does not fit, or the layer's keys are not in a cache.
         """
         plan = CudaPlan(spec=spec, view=metadata.view(spec.kind), capacity=max_seq_len)
-        self._step_on(plan, _default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
+        self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
         return plan
 
     def _step_on(self, plan: CudaPlan, device: torch.device, *, paged: bool) -> Step:
@@ -170,9 +183,9 @@ class PagedCudaBackend(Backend):
                 )
         if any(x is not None and x.device != device for x in (k, v, out)):
             raise _elsewhere(q, k, v, out)
-        if device.type != "cuda":
+        if device.type != self.device_type:
             raise ArrayError(f"q is on {device}: {self.name} computes on NVIDIA GPUs, and so must its arrays be")
-        if not plan.num_tokens:
+        if not (plan.num_tokens or plan.num_new):
             return layers.nothing(plan.spec, q, out, return_lse)
         step = plan.steps.get((device, store is not None))
         if step is None:
@@ -200,11 +213,3 @@ def neighbours(src: Any, dst: Any) -> list[tuple[int, int, int]]:
 def _elsewhere(*arrays: Any) -> ArrayError:
     places = ", ".join(dict.fromkeys(str(array.device) for array in arrays if array is not None))
     return ArrayError(f"q, k, v and out lie on {places}: a step's arrays must be on one device, where the cache is")
-
-
-def _default_device() -> torch.device:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise CacheError("torch finds no GPU here: name a device, or see attn-dispatch doctor")
-    return torch.device("cuda", torch.cuda.current_device())

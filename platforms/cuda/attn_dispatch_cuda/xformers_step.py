@@ -49,6 +49,8 @@ class Pieces:
 def pieces_of(batch: Batch, causal: bool) -> list[Pieces]:
     """Cut a batch up for the kernel."""
     queries = np.diff(batch.query_start)
+    if not batch.num_seqs:
+        return []
     if not causal or (batch.uniform and batch.max_query <= LONGEST_PIECE):
         return [Pieces(None, queries.tolist(), batch.lens, batch.tables)]
     # Sizes of each sequence's pieces: as many of 16 as there are, then the rest by its binary digits.
