@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.conformance.cases import CASES, FEATURES, Case
 from attn_dispatch.conformance.checks import ConformanceError, check_mutations, run_case
-from attn_dispatch.conformance.report import Row, as_markdown, verify
+from attn_dispatch.conformance.report import Row, as_markdown, verify, without_hardware
 
 if TYPE_CHECKING:
     from attn_dispatch.conformance.suite import BackendConformance
@@ -24,6 +24,7 @@ __all__ = [
     "check_mutations",
     "run_case",
     "verify",
+    "without_hardware",
 ]
 
 

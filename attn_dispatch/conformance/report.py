@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from attn_dispatch.backend import Backend
 from attn_dispatch.conformance.cases import CASES, FEATURES, Case
 from attn_dispatch.conformance.checks import check_mutations, run_case
 from attn_dispatch.dispatch import machine, registry
 
-__all__ = ["Cell", "Row", "as_markdown", "verify"]
+__all__ = ["Cell", "Row", "as_markdown", "verify", "without_hardware"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Cell:
 
     Attributes:
         feature: what.
-        state: "yes", "no" (refused by verdict), "FAILED", or "not run".
+        state: "yes", "no" (refused by verdict), "FAILED", "not run"; without the hardware, the evidence itself instead
+            of a yes ("interface", "compiled").
         evidence: how a yes is known: "ran", "ran on CPU"...
         detail: the refusals, or what failed.
         cases: how many cases stand behind it.
@@ -89,6 +91,63 @@ def verify(
     return Row(name, True, available.reason, available.version, available.evidence, machine().description, cells)
 
 
+def without_hardware(
+    backend: Backend,
+    check: Callable[[Case], str],
+    *,
+    reason: str,
+    version: str,
+    machine: str,
+    cases: Iterable[Case] = CASES,
+) -> Row:
+    """Return the row of a backend whose hardware is not here: what is known of it without having run it.
+
+    Each case that its verdict accepts is given to `check`. The row shows what that proved instead of a yes, so that
+    nothing in the table looks as if it had run; it is never "available".
+
+    Args:
+        backend: made for a machine that has the hardware, so that its verdicts speak of that one.
+        check: return how a case is known: "interface" (the call was held against the vendor's real package),
+            "compiled" (by the vendor's real compiler); raise when it does not hold.
+        reason: what was compared with what.
+        version: of the vendor's package.
+        machine: the hardware that the verdicts are for.
+        cases: of the kit.
+    """
+    by_feature: dict[str, list[tuple[str, str, int]]] = {}
+    known: set[str] = set()
+    for case in cases:
+        verdict = backend.verdict(case.spec)
+        found = ("no", str(verdict), 0)
+        if verdict:
+            try:
+                evidence = check(case)
+            except Exception as error:  # what does not hold is the result
+                found = ("FAILED", f"{case.name}: {type(error).__name__}: {error}", 0)
+            else:
+                known.add(evidence)
+                found = (evidence, "", 0)
+        by_feature.setdefault(case.feature, []).append(found)
+    cells = tuple(_known_cell(feature, found) for feature, found in by_feature.items())
+    return Row(backend.name, False, reason, version, " and ".join(sorted(known)), machine, cells)
+
+
+def _known_cell(feature: str, found: list[tuple[str, str, int]]) -> Cell:
+    """Return the cell of a feature by its weakest evidence, with what is refused beside."""
+    states = [state for state, _, _ in found]
+    failed = [text for state, text, _ in found if state == "FAILED"]
+    refused = [text for state, text, _ in found if state == "no"]
+    proven = sorted({state for state in states if state not in ("no", "FAILED")})
+    if failed:
+        return Cell(feature, "FAILED", "", "; ".join(dict.fromkeys(failed)), len(states), 0)
+    if not proven:
+        return Cell(feature, "no", "", "; ".join(dict.fromkeys(refused)), 0, 0)
+    weakest = "interface" if "interface" in proven else proven[0]
+    state = f"{weakest}, partly" if refused else weakest
+    detail = "; ".join(dict.fromkeys(f"not {text}" for text in refused))
+    return Cell(feature, state, weakest, detail, len(states) - len(refused), 0)
+
+
 def _try(name: str, case: Case, max_tokens: int) -> tuple[str, str, int]:
     """Return (state, detail, mistakes noticed) of one case."""
     if case.tokens > max_tokens:
@@ -124,7 +183,6 @@ def _cell(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Cel
 def as_markdown(rows: Iterable[Row]) -> str:
     """Return the table: features down, backends across, refusals as notes below."""
     rows = list(rows)
-    signs = {"yes": "yes", "partly": "partly", "no": "no", "FAILED": "**FAILED**", "not run": "not run"}
     lines = [
         "| feature | " + " | ".join(f"`{row.backend}`" for row in rows) + " |",
         "|---" * (len(rows) + 1) + "|",
@@ -133,14 +191,20 @@ def as_markdown(rows: Iterable[Row]) -> str:
     cells = [{cell.feature: cell for cell in row.cells} for row in rows]
     for feature in FEATURES:
         found = [by.get(feature) for by in cells]
-        lines.append(f"| {feature} | " + " | ".join(signs[c.state] if c else "not run" for c in found) + " |")
+        lines.append(f"| {feature} | " + " | ".join(_sign(c) for c in found) + " |")
     notes = []
     for row in rows:
         version = f" {row.version}" if row.version else ""
         notes += ["", f"### `{row.backend}`{version}", "", f"{row.evidence}, on {row.machine}. {row.reason}".rstrip()]
         said: dict[str, list[str]] = {}
         for cell in row.cells:
-            if cell.state in ("no", "partly", "FAILED"):
+            if cell.detail and cell.state != "not run":
                 said.setdefault(cell.detail, []).append(cell.feature)
         notes += ["", *(f"- {', '.join(features)}: {text}" for text, features in said.items())] if said else []
     return "\n".join([*lines, *notes, ""])
+
+
+def _sign(cell: Cell | None) -> str:
+    if cell is None:
+        return "not run"
+    return "**FAILED**" if cell.state == "FAILED" else cell.state
