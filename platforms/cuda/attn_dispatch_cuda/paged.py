@@ -42,11 +42,15 @@ class PagedCudaBackend(Backend):
     """A vendor's attention over a paged cache on an NVIDIA GPU."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",))
-    device_type: ClassVar[str] = "cuda"
 
     def __init__(self, name: str, machine: Machine | None = None) -> None:
         super().__init__(name)
         self._given = machine
+
+    @property
+    def device_type(self) -> str:
+        """What torch calls the devices that arrays must be on."""
+        return "cuda"
 
     @cached_property
     def machine(self) -> Machine:

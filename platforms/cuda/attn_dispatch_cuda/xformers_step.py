@@ -7,6 +7,8 @@ can see: bottom-right causality makes that exact. Pieces of one length are one c
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +25,14 @@ from attn_dispatch.errors import PlanError
 from .batch import I32, Batch
 from .step import Arrays, Step
 from .store import Store
+from .xformers import interpreted
 
 __all__ = ["LONGEST_PIECE", "Pieces", "XformersStep", "mask_of", "pieces_of"]
 
 LONGEST_PIECE = 16
+
+# Triton's interpreter keeps the program that it is in in a global.
+_interpreter: AbstractContextManager[Any] = threading.Lock() if interpreted() else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +155,7 @@ class XformersStep(Step):
             self.calls.append((tensors.get(f"rows{i}"), mask))
 
     def arguments(self, q: torch.Tensor, store: Store, mask: Any) -> dict[str, Any]:
-        """Return what `memory_efficient_attention_forward` and `_partial` are given, for queries [n, H, D].
+        """Return xFormers' inputs, by name, for queries [n, H, D].
 
         With groups: query [1, n, K, G, D] over keys [1, N * B, K, G, D] whose heads of a group are one in memory.
         """
@@ -160,7 +166,14 @@ class XformersStep(Step):
             array.view(1, -1, groups, 1, spec.head_size).expand(-1, -1, -1, heads, -1)
             for array in (store.key, store.value)
         )
-        return {"query": query, "key": key, "value": value, "attn_bias": mask, "scale": spec.scale, "op": FwOp}
+        return {
+            "query": query,
+            "key": key,
+            "value": value,
+            "attn_bias": mask,
+            "scale": spec.scale,
+            "output_dtype": q.dtype,  # partial results would be float32 by themselves
+        }
 
     def run(
         self, q: torch.Tensor, store: Store, out: torch.Tensor | None, *, wants_lse: bool
@@ -171,12 +184,11 @@ class XformersStep(Step):
         for rows, mask in self.calls:
             picked = q if rows is None else q.index_select(0, rows)
             given = self.arguments(picked, store, mask)
-            if wants_lse:
-                found, part = fmha.memory_efficient_attention_partial(**given)
-                # [1, K, G, n] -> [n, H], natural.
-                part = part.reshape(spec.num_heads, -1).t().float()
-            else:
-                found, part = fmha.memory_efficient_attention_forward(**given), None
+            # By the operator itself: what its door would check, the verdict has, and the door is closed to a CPU.
+            with _interpreter:
+                found, context = FwOp.apply(fmha.Inputs(**given, is_partial=wants_lse), needs_gradient=wants_lse)
+            # [1, K, G, n] -> [n, H], natural.
+            part = context.lse.reshape(spec.num_heads, -1).t().float() if wants_lse else None
             found = found.reshape(len(picked), spec.num_heads, spec.value_head_size)
             if rows is None:
                 return found, part

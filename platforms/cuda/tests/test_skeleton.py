@@ -26,8 +26,11 @@ from attn_dispatch_cuda.store import Store
 class Plain(PagedCudaBackend):
     """Attention in float32, one sequence after the other, over block tables on the CPU."""
 
-    device_type = "cpu"
     order: CacheLayout = NHD
+
+    @property
+    def device_type(self) -> str:
+        return "cpu"
 
     def default_device(self) -> torch.device:
         return torch.device("cpu")

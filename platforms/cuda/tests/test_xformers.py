@@ -18,14 +18,17 @@ import attn_dispatch as ad
 from attn_dispatch.errors import PlanError
 from attn_dispatch_cuda.batch import cut
 from attn_dispatch_cuda.store import Store
-from attn_dispatch_cuda.xformers import XformersBackend
+from attn_dispatch_cuda.xformers import XformersBackend, interpreted
 
 from .conftest import MakeMachine, real
 
 xformers = pytest.importorskip("xformers", reason="not run: xformers is not installed")
 pytest.importorskip("xformers.ops.fmha", reason="not run: xformers does not import beside what is installed")
+if interpreted():
+    pytest.skip("not run: its kernels are interpreted (test_xformers_interpreted.py)", allow_module_level=True)
 
 from xformers.ops import fmha  # noqa: E402
+from xformers.ops.fmha.triton_splitk import FwOp  # noqa: E402
 
 from attn_dispatch_cuda.xformers_step import XformersStep, pieces_of  # noqa: E402
 
@@ -79,6 +82,13 @@ def test_what_is_missing_is_said(machine: MakeMachine, tmp_path: Path) -> None:
     assert "no NVIDIA GPU" in probe(more=(SITE, more)).reason
     assert "not installed" in probe(H200, more=(more,)).reason
     assert "sm_75" in probe("Tesla T4", more=(SITE, more)).reason
+    assert probe(H200, more=(SITE, more))
+    metadata = more / "triton-3.9.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.9.0\n")
+    assert "block pointers, which Triton 3.9.0 no longer has" in probe(H200, more=(SITE, more)).reason
+    metadata.rename(more / "triton-3.8.0.dist-info")
+    (more / "triton-3.8.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.8.0\n")
     assert probe(H200, more=(SITE, more))
 
 
@@ -174,16 +184,14 @@ def test_the_kernel_takes_what_it_is_given(name: str) -> None:
     q = torch.zeros(view.num_tokens, 6, 64, dtype=torch.bfloat16)
     for rows, mask in step.calls:
         given = step.arguments(q if rows is None else q[rows], store, mask)
-        op = given.pop("op")
         inputs = fmha.Inputs(**given)
         inputs.validate_inputs()
-        reasons = op.not_supported_reasons(inputs)
+        reasons = FwOp.not_supported_reasons(inputs)
         allowed = ("device=cpu", "triton is not available", "bf16 is only supported on A100+")
         assert [r for r in reasons if not any(word in r for word in allowed)] == []
         assert given["key"].data_ptr() == store.key.data_ptr()
         assert given["key"].shape == (1, 8 * BLOCK, 2, 3, 64)
-    for function in (fmha.memory_efficient_attention_forward, fmha.memory_efficient_attention_partial):
-        inspect.signature(function).bind(**given, op=op)
+    inspect.signature(FwOp.apply).bind(inputs, needs_gradient=True)
 
 
 @pytest.mark.interface
@@ -197,7 +205,7 @@ def test_too_small_pages_and_too_many_queries_are_the_kernels_own_limits() -> No
     )
     step = XformersStep(layer, batch.view("decoder"), CPU, paged=True, capacity=None)
     given = step.arguments(torch.zeros(20, 6, 64, dtype=torch.bfloat16), Store(cache), mask)
-    reasons = " ".join(given.pop("op").not_supported_reasons(fmha.Inputs(**given)))
+    reasons = " ".join(FwOp.not_supported_reasons(fmha.Inputs(**given)))
     assert "larger than 16 for causal" in reasons
     assert "page size should be divisible" in reasons
 
