@@ -7,9 +7,9 @@ from typing import Any
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.contract.dtypes import is_quantised
 
-from .targets import Tiles, padded
+from .tiles import Tiles, padded
 
-__all__ = ["attend_constants", "compute_type", "pass_constants"]
+__all__ = ["attend_constants", "compute_type", "pass_constants", "tile_sizes"]
 
 _STORED = {"float8_e4m3fn": 1, "float8_e5m2": 2, "int8": 3}
 
@@ -55,3 +55,9 @@ def attend_constants(spec: AttentionSpec, paged: bool, interpreted: bool) -> dic
 def pass_constants(spec: AttentionSpec, tiles: Tiles) -> dict[str, int]:
     """Return the compile-time arguments that tiles decide."""
     return {"BLOCK_M": tiles.rows, "BLOCK_N": tiles.keys, "STAGES": tiles.stages}
+
+
+def tile_sizes(spec: AttentionSpec, paged: bool) -> tuple[int, int, int, bool]:
+    """Return what tiles depend on: D, Dv, bytes of an operand, and whether the cache's elements are widened."""
+    compute_bytes = 4 if compute_type(spec, paged) == "float32" else 2
+    return spec.head_size, spec.value_head_size, compute_bytes, paged and is_quantised(spec.kv_cache_dtype)

@@ -83,7 +83,7 @@ def _queries(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def prefill(
     q,  # [T, H, D]
     key,  # [N, K, B, D], or rows [T, K, D]
@@ -179,7 +179,7 @@ def prefill(
         tl.store(lse + tokens * num_heads + heads, natural, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def decode(
     q,  # [T, H, D]
     key,  # [N, K, B, D]
@@ -262,7 +262,7 @@ def decode(
     tl.store(part_lse + at, tl.where(nothing, float("-inf"), peak + tl.log2(share)), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge(
     part,  # f32[tiles, K, splits, ROWS, Dv]
     part_lse,  # f32[tiles, K, splits, ROWS], in base 2
@@ -322,7 +322,7 @@ def merge(
             tl.store(lse + token * num_heads + head, natural)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def write(
     rows,  # [rows, K, D], of the cache's type (fp8 as bytes)
     cache,  # [N, K, B, D]

@@ -20,9 +20,10 @@ from attn_dispatch.contract.dtypes import FINITE_MAX, is_quantised
 from attn_dispatch.errors import CacheError
 
 from . import kernels
-from .constants import attend_constants, compute_type, pass_constants
+from .constants import attend_constants, pass_constants, tile_sizes
 from .planning import Work, longest_span, num_splits, split_work, tiles_of
-from .targets import INTERPRETER, Target, Tiles, decode_tiles, padded, prefill_tiles, target_of
+from .targets import INTERPRETER, Target, target_of
+from .tiles import Tiles, decode_tiles, padded, prefill_tiles
 
 __all__ = ["INTERPRETED", "Owned", "Step", "Store", "owned", "run", "step_on"]
 
@@ -145,10 +146,9 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def step_on(spec: AttentionSpec, view: BatchView, device: torch.device, paged: bool) -> Step:
     """Cut a batch into tiles and bring all that kernels read of it to a device, in one copy."""
     target, processors = _machine(device)
-    compute_bytes = 4 if compute_type(spec, paged) == "float32" else 2
     decoded, prefilled = split_work(view)
     longest = int(view.query_lens[decoded].max(initial=1)) * spec.group_size
-    sizes = (spec.head_size, spec.value_head_size, compute_bytes)
+    sizes = tile_sizes(spec, paged)
     parts: list[tuple[Work, Tiles, int]] = []
     if len(decoded):
         tiles = decode_tiles(target, *sizes, longest)

@@ -1,17 +1,19 @@
-"""GPUs that Triton compiles for, the memory that a kernel may share on each, and the tiles that fit. No vendor.
+"""GPUs that Triton compiles for, and what a kernel may take of each. No vendor.
 
-Triton's compiler does not hold a kernel against the target's shared memory; the tiles here are chosen to fit, and the
-compile cell checks that they do.
+Triton's compiler does not hold a kernel against the target's shared memory: the compile cell does, with this table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INTERPRETER", "TARGETS", "Target", "Tiles", "decode_tiles", "padded", "prefill_tiles", "target_of"]
+__all__ = ["INTERPRETER", "LARGEST_HEAD", "TARGETS", "Target", "target_of"]
 
 LARGEST_HEAD = 512
 """Beyond it no tile of keys and values fits in 64 KiB beside its queries."""
+
+
+_KIB = 1024
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,21 @@ class Target:
     registers: int
 
     @property
+    def family(self) -> str:
+        """Whose tiles fit: "hopper", "ampere", "cdna" or "rdna".
+
+        NVIDIA's with 227 KiB and matrix instructions of four warps; NVIDIA's others; AMD's with waves of 64; AMD's with
+        waves of 32. Intel's are taken as the last, the smallest.
+        """
+        if self.backend == "cuda":
+            return "hopper" if self.shared_bytes > 200 * _KIB else "ampere"
+        return "cdna" if self.warp_size == 64 else "rdna"
+
+    @property
     def name(self) -> str:
         """As people write it: sm_90, gfx942."""
         return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
 
-
-_KIB = 1024
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (maximum per block, opted into);
 # AMD: CDNA 2, 3, 4 and RDNA 3 instruction set documents (LDS per work group).
@@ -69,54 +80,3 @@ def target_of(backend: str, arch: int | str, warp_size: int) -> Target:
     alike = [target for target in TARGETS if target.backend == backend]
     shared = min((target.shared_bytes for target in alike), default=64 * _KIB)
     return Target(backend, arch, warp_size, shared, min((target.registers for target in alike), default=128))
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How much one program of a kernel takes at a time.
-
-    Attributes:
-        rows: query rows (BLOCK_M).
-        keys: keys of one step (BLOCK_N).
-        warps: of one program.
-        stages: steps whose keys are under way at once.
-    """
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def padded(size: int) -> int:
-    """Return a head size as kernels compute it: a power of two, 16 or more."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def prefill_tiles(target: Target, head_size: int, value_size: int, compute_bytes: int) -> Tiles:
-    """Return the tiles of prefill: many rows, so that each key that was read serves as many as possible."""
-    if target == INTERPRETER:
-        return Tiles(64, 32, 1, 1)
-    # A row's share of registers and shared memory, against that of a 128-wide head in 16 bits.
-    width = max(padded(head_size), padded(value_size)) * compute_bytes
-    rows = 128 if width <= 256 else 64 if width <= 512 else 32 if width <= 1024 else 16
-    return Tiles(rows, _keys(width), 4, _stages(target, width))
-
-
-def decode_tiles(target: Target, head_size: int, value_size: int, compute_bytes: int, rows: int) -> Tiles:
-    """Return the tiles of decode for sequences of at most this many rows."""
-    if target == INTERPRETER:
-        return Tiles(min(padded(rows), 32), 32, 1, 1)
-    width = max(padded(head_size), padded(value_size)) * compute_bytes
-    most = 64 if width <= 256 else 32 if width <= 512 else 16
-    return Tiles(min(padded(rows), most), _keys(width), 4, _stages(target, width))
-
-
-def _keys(width: int) -> int:
-    return 64 if width <= 256 else 32 if width <= 512 else 16
-
-
-def _stages(target: Target, width: int) -> int:
-    if target.backend != "cuda":
-        return 1  # 64 KiB of LDS hold one step's keys and values beside the queries
-    return 3 if target.shared_bytes >= 160 * _KIB and width <= 256 else 2

@@ -1,0 +1,161 @@
+"""One kernel compiled ahead of time for one target: machine code, and the resources that it takes. No GPU, no driver.
+
+Triton must not interpret: `TRITON_INTERPRET` is unset before this is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attn_dispatch.contract import AttentionSpec
+
+from . import kernels
+from .constants import attend_constants, pass_constants, tile_sizes
+from .targets import Target
+from .tiles import Tiles, decode_tiles, padded, prefill_tiles
+
+__all__ = ["KERNELS", "Compiled", "compile_kernel"]
+
+KERNELS = ("prefill", "decode", "merge", "write")
+
+_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8"}
+_INDICES = ("query_start", "kv_lens", "key_start", "block_table", "item_sequence", "item_row")
+_FLOATS = ("scale", "cap", "value_scale")
+_UNSPECIALISED = ("table_width", "splits", "count", "num_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel takes of a target.
+
+    Attributes:
+        registers: of one thread (AMD: vector registers, accumulators included).
+        spills: instructions that spill (NVIDIA: loads and stores of local memory), or registers spilled (AMD).
+        occupancy: warps that one processor holds at once (NVIDIA: of a multiprocessor; AMD: of a SIMD).
+        shared_bytes: shared memory, or LDS.
+        matrix: matrix instructions in the code.
+        code_bytes: machine code.
+        seconds: to compile.
+    """
+
+    registers: int
+    spills: int
+    occupancy: int
+    shared_bytes: int
+    matrix: int
+    code_bytes: int
+    seconds: float
+
+
+def compile_kernel(name: str, spec: AttentionSpec, target: Target, paged: bool = True) -> Compiled:
+    """Compile one of `KERNELS` as a launch for this spec would have it.
+
+    Raises:
+        Exception: whatever Triton, LLVM or ptxas has against it.
+    """
+    function = getattr(kernels, name)
+    sizes = tile_sizes(spec, paged)
+    tiles = prefill_tiles(target, *sizes) if name == "prefill" else decode_tiles(target, *sizes, spec.group_size)
+    constants = _constants(name, spec, tiles, paged)
+    signature = {n: "constexpr" if n in constants else _type(n, spec, paged) for n in function.arg_names}
+    aligned = spec.head_size % 16 == 0 and spec.value_head_size % 16 == 0
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (n, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and aligned and n not in _UNSPECIALISED)
+    }
+    source = ASTSource(function, signature, constants, attributes)
+    warps = {"merge": 1, "write": 4}.get(name, tiles.warps)
+    began = time.monotonic()
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    result = triton.compile(source, target=gpu, options={"num_warps": warps})
+    seconds = time.monotonic() - began
+    shared = int(result.metadata.shared)
+    found = _cuda(result, target, warps, shared) if target.backend == "cuda" else _amd(result)
+    return Compiled(**found, shared_bytes=shared, seconds=round(seconds, 2))
+
+
+def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool) -> dict[str, Any]:
+    language = {"float32": triton.language.float32, "float16": triton.language.float16}
+    ends = {"SINKS": spec.sinks, "LSE": spec.returns_lse}
+    if name == "merge":
+        sizes = {"GROUP": spec.group_size, "VALUE_SIZE": spec.value_head_size, "ROWS": tiles.rows}
+        return {**sizes, **ends, "BLOCK_DV": padded(spec.value_head_size)}
+    if name == "write":
+        width = spec.head_size
+        return {"BLOCK_SIZE": spec.block_size, "WIDTH": width, "ROWS": 16, "BLOCK_WIDTH": padded(width)}
+    found = {**attend_constants(spec, paged, False), **pass_constants(spec, tiles)}
+    found["COMPUTE"] = language.get(found["COMPUTE"], triton.language.bfloat16)
+    return found | ends if name == "prefill" else found
+
+
+def _type(name: str, spec: AttentionSpec, paged: bool) -> str:
+    stored = "*" + _TYPES.get(spec.kv_cache_dtype if paged else spec.dtype, "u8")  # fp8: as bytes
+    own = "*" + _TYPES[spec.dtype]
+    roles = {"q": own, "out": own, "key": stored, "value": stored, "rows": stored, "cache": stored, "slots": "*i64"}
+    if name in roles:
+        return roles[name]
+    if name in _INDICES:
+        return "*i32"
+    if name in ("lse", "slopes", "sinks", "part", "part_lse"):
+        return "*fp32"
+    return "fp32" if name in _FLOATS else "i32"
+
+
+def _cuda(result: Any, target: Target, warps: int, shared: int) -> Mapping[str, int]:
+    cubin = result.asm["cubin"]
+    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _said(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _said(tools / "nvdisasm", "-c", file.name)
+    registers = re.findall(r"\bREG:(\d+)", usage)
+    if not registers:
+        raise RuntimeError(f"cuobjdump names no registers: {usage[:200]}")
+    each = max(map(int, registers))
+    # Registers come in units of 8 a thread; a block of threads reserves 1 KiB of shared memory for the system.
+    by_registers = 65536 // (-(-each // 8) * 8 * 32 * warps)
+    blocks = min(by_registers, (target.shared_bytes + 1024) // (shared + 1024), 64 // warps)
+    return {
+        "registers": each,
+        "occupancy": blocks * warps,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "matrix": len(re.findall(r"\b\w*(?:HMMA|GMMA|UTC\w*MMA|QGMMA|IMMA)\b", code)),
+        "code_bytes": len(cubin),
+    }
+
+
+def _said(*command: str | Path) -> str:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+
+
+def _amd(result: Any) -> Mapping[str, int]:
+    text = result.asm["amdgcn"]
+    counts = dict(_fields(text))
+    if "vgpr_count" not in counts:
+        raise RuntimeError("the assembly names no registers")
+    occupancy = re.search(r";\s*Occupancy:\s*(\d+)", text)
+    return {
+        "registers": counts["vgpr_count"],
+        "occupancy": int(occupancy[1]) if occupancy else 0,
+        "spills": counts.get("vgpr_spill_count", 0),  # scalar ones go to lanes of vector registers, not to memory
+        "matrix": len(re.findall(r"^\s*v_(?:mfma|wmma|smfmac|dot)\w*", text, re.MULTILINE)),
+        "code_bytes": len(result.asm["hsaco"]),
+    }
+
+
+def _fields(text: str) -> Iterator[tuple[str, int]]:
+    for name, number in re.findall(r"^\s*\.(\w+_count):\s+(\d+)", text, re.MULTILINE):
+        yield name, int(number)

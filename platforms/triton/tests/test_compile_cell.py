@@ -1,0 +1,70 @@
+"""The compile cell on one row: it passes, writes its table, and fails when a kernel is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attn_dispatch_triton
+
+DECODE, PREFILL = "decode, D 128 bf16 B 16", "prefill, D 128 bf16 B 16"
+CDNA_TILE, RDNA_TILE = '"cdna": {128: Tiles(64, 64, 4, 1)', "128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)"
+
+
+def run(folder: Path, edit: tuple[str, str, str] | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the cell of a copy of the package in which one text was replaced: (file, what, by what)."""
+    package = folder / "edited"
+    shutil.copytree(Path(attn_dispatch_triton.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if edit is not None:
+        file, old, new = edit
+        text = (package / file).read_text()
+        assert old in text, f"{file} no longer holds {old!r}: this test breaks nothing"
+        (package / file).write_text(text.replace(old, new))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "edited.compile_cell", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_it_compiles_and_writes_its_table(tmp_path: Path) -> None:
+    done = run(tmp_path, None, "--targets", "gfx942", "--only", DECODE, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    found = json.loads((tmp_path / "triton-compile.json").read_text())["findings"]
+    assert {f["target"] for f in found} == {"gfx942"}
+    for finding in found:
+        result = finding["result"]
+        assert result["spills"] == 0
+        assert result["matrix"] > 0
+        assert 0 < result["shared_bytes"] <= 65536
+        assert result["code_bytes"] > 0
+        assert result["occupancy"] > 0
+    assert "gfx942" in (tmp_path / "triton-compile.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "row", "edit", "words"),
+    [
+        ("gfx942", DECODE, ("elements.py", "tl.dot(q, keys,", "tl.dot(q, tl.trans(keys),"), "CompilationError"),
+        ("gfx942", DECODE, ("tiles.py", CDNA_TILE, '"cdna": {128: Tiles(64, 512, 8, 1)'), "gfx942 has 65536"),
+        ("gfx1100", PREFILL, ("tiles.py", RDNA_TILE, RDNA_TILE.replace("64, 32, 8", "128, 64, 4")), "0 are written"),
+    ],
+    ids=["a product of shapes that do not fit", "more LDS than the target has", "registers spill"],
+)
+def test_it_fails_when_a_kernel_is_broken(
+    target: str, row: str, edit: tuple[str, str, str], words: str, tmp_path: Path
+) -> None:
+    done = run(tmp_path, edit, "--targets", target, "--only", row, "--output", "")
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    assert words in done.stdout
+
+
+def test_what_is_not_there_is_not_a_pass(tmp_path: Path) -> None:
+    done = run(tmp_path, None, "--targets", "gfx942", "--output", "", "--only", "no such row")
+    assert done.returncode == 1
+    assert "no row" in done.stdout
