@@ -10,4 +10,5 @@ batch              a batch without what kernels cannot be given; lists of pages 
 plans, step        a plan; a batch on a device, brought in one copy, renewed in place for CUDA graphs
 packing, store     several arrays in one copy; a cache's memory, and writing to it
 compile_cell       FlashInfer's kernels through nvcc, as a command: no GPU is needed
+flash4_cell        FlashAttention 4's kernels through their own compiler, likewise
 """

@@ -22,7 +22,7 @@ from .flash_versions import Installed
 from .layer import Owned
 from .step import Arrays, Step
 
-__all__ = ["CALLS", "Calls", "Flash2", "Flash3", "Flash4", "FlashStep", "VllmFlash3"]
+__all__ = ["CALLS", "Calls", "Flash2", "Flash3", "Flash4", "FlashStep", "VllmFlash3", "splits"]
 
 _FEW_QUERIES = 16
 """With at most so many queries per sequence, FlashAttention 2 is asked through the function that splits keys."""
@@ -336,14 +336,19 @@ class Flash4(Calls):
             "window_size": (left, right),
             "learnable_sink": owned.sinks,
             "softcap": spec.logits_soft_cap or 0.0,
-            "num_splits": self.splits(step.device),
+            "num_splits": splits(major_of(step.device)),
             "return_lse": lse,
         }
 
-    def splits(self, device: torch.device) -> int:
-        """Return 0 (the vendor's own choice) where keys can be split."""
-        major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-        return 0 if major == 10 else 1
+
+def major_of(device: torch.device) -> int:
+    """Return a GPU's major compute capability (Hopper's for a step that lies in host memory, in a test)."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def splits(major: int) -> int:
+    """Return FlashAttention 4's `num_splits`: 0, its own choice, on GPUs for which it can split keys."""
+    return 0 if major == 10 else 1
 
 
 CALLS: Mapping[str, type[Calls]] = {"fa2": Flash2, "fa3": Flash3, "vllm-fa3": VllmFlash3, "fa4": Flash4}

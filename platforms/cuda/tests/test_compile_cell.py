@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,15 @@ def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no nvcc (pip install nvidia-cuda-nvcc" in done.stderr
+
+
+def test_flash_attention_4_that_cannot_be_had_fails(tmp_path: Path) -> None:
+    """No package where the path says, and none in the environment: nothing passes for compiled."""
+    environ = os.environ | {"ATTN_DISPATCH_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "attn_dispatch_cuda.flash4_cell", "--arch", "sm_90", "--path", str(tmp_path)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    if find_spec("flash_attn") is not None:
+        pytest.skip("not run: a flash_attn is installed here")
+    assert done.returncode == 1
+    assert "does not import" in done.stdout
+    assert not list(tmp_path.rglob("*.json"))

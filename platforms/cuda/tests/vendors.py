@@ -64,5 +64,8 @@ def fetch(name: str) -> Path:
 
 
 if __name__ == "__main__":
-    for package in sys.argv[1:] or PACKAGES:
-        print(f"{PACKAGES[package][0]}: {fetch(package)}")
+    if sys.argv[1:2] == ["--folder"]:  # for shells
+        print(fetch(sys.argv[2]))
+    else:
+        for package in sys.argv[1:] or PACKAGES:
+            print(f"{PACKAGES[package][0]}: {fetch(package)}")
