@@ -208,11 +208,11 @@ def _fa3(one: Installed, capability: Capability, spec: AttentionSpec) -> list[Re
             no.append(Refusal("head_size", size, accepts, _ELSEWHERE))
     if value_size != size:
         mla = 128 < size <= 192 and 96 < value_size <= 128 and "HDIMDIFF192" not in one.off
-        wide = one.kind == "fa3" and size <= 64 and value_size <= 512 and "HDIMDIFF64" not in one.off
+        wide = size <= 64 and value_size <= 512 and "HDIMDIFF64" not in one.off
         if not (mla or wide):
-            accepts = f"{title} takes values as wide as keys ({size}), 97..128 for keys of 129..192"
-            if one.kind == "fa3":
-                accepts += ", or up to 512 for keys of up to 64"
+            accepts = (
+                f"{title} takes values as wide as keys ({size}), 97..128 for keys of 129..192, up to 512 for up to 64"
+            )
             no.append(Refusal("value_head_size", value_size, accepts, _ELSEWHERE))
     return no
 
