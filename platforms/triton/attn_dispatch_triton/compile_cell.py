@@ -178,9 +178,9 @@ def as_markdown(findings: Sequence[Finding], seconds: float) -> str:
     lines = [
         "# Triton's kernels, compiled",
         "",
-        f"`python -m {__package__}.compile_cell`: triton {version('triton')}; {len(findings)} programs, in {seconds:.0f}",
-        "s, on a machine without a GPU. Each is compiled ahead of time to the target's machine code, as a launch would",
-        "have it. Nothing here ran on a GPU.",
+        f"`python -m {__package__}.compile_cell`: triton {version('triton')}; {len(findings)} programs in",
+        f"{seconds:.0f} s on a machine without a GPU. Each is compiled ahead of time to the target's machine code, as",
+        "a launch would have it. Nothing here ran on a GPU.",
         "",
         "A cell: registers of a thread / spills / shared memory (LDS) in KiB / warps at once",
         "(of a multiprocessor; AMD: of a SIMD) / matrix instructions.",
