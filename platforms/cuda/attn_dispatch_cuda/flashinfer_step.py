@@ -298,8 +298,8 @@ def _leased(step: InferStep, key: tuple[Any, ...], part: Part) -> Any:
 
 
 def _give_back(key: tuple[Any, ...], wrapper: Any) -> None:
-    with _lock:
-        _free.setdefault(key, []).append(wrapper)
+    """Without the lock: this runs whenever a step happens to be collected, also while the lock is held."""
+    _free[key].append(wrapper)
 
 
 def _made(step: InferStep, kind: str) -> Any:

@@ -256,6 +256,15 @@ def test_what_does_not_fit_the_vendors_model_is_written_by_index(fields: dict[st
     assert "positions" not in step(batch, capacity=64)._tensors
 
 
+def test_a_step_without_queries_has_no_parts_and_writes_an_encoders_keys() -> None:
+    batch = ad.AttentionMetadata.build([0, 0], [4, 9], [[3], [7]], BLOCK, encoder_seq_lens=[3, 20],
+                                       encoder_block_tables=[[0], [4, 5]])  # fmt: skip
+    found = step(batch, kind="cross")
+    assert parts_of(found.batch, fixed=False) == []
+    assert found.placed is not None
+    assert len(found.placed.at[0]) == 23
+
+
 def test_a_fixed_plan_has_room_for_every_page() -> None:
     batch = ad.AttentionMetadata.build([1, 1], [40, 9], [[3, 1, 2], [7]], BLOCK)
     found = step(batch, capacity=64)
