@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from attn_dispatch import (
 )
 from attn_dispatch.contract import Array
 from attn_dispatch.contract.dtypes import numpy_dtype
-from attn_dispatch.errors import BackendRefusedError, CacheError
+from attn_dispatch.errors import BackendRefusedError, CacheError, PlanError
 
 from .device import device_name
 from .layouts import GPU, PackedLayout, layout_for
@@ -174,7 +174,9 @@ class PagedBackend(Backend):
         executor = self._executor
         if executor is None:
             executor = self._execute()
-        return executor.run(cast(PagedPlan, plan), q, k, v, cache, layer, out)
+        if not isinstance(plan, PagedPlan):
+            raise PlanError(f"{self.name} runs plans of its own; this {type(plan).__name__} is another backend's")
+        return executor.run(plan, q, k, v, cache, layer, out)
 
     def _release(self) -> Release:
         found = installed_version()

@@ -44,13 +44,21 @@ def cache_tensors(cache: KVCache) -> tuple[Any, Any]:
     """Return the tensors over a cache's memory.
 
     Raises:
-        CacheError: an array is not contiguous.
+        CacheError: an array is not what the cache says, or cannot be bound as it is.
     """
     tensors = []
+    shapes = cache.layout.shapes(cache.geometry, cache.num_blocks)
     for name, size in (("key", cache.geometry.head_size), ("value", cache.geometry.value_head_size)):
         array = cache.arrays_as("numpy")[name]
-        if not array.flags.c_contiguous:
-            raise CacheError(f"OpenVINO binds a cache's memory as it is: its {name} array must be contiguous")
+        if array.shape != shapes[name] or array.dtype != numpy_dtype(cache.geometry.dtype):
+            raise CacheError(
+                f"the cache's {name} array is {array.dtype.name} {array.shape}, but as {cache!r} says it must be "
+                f"{cache.geometry.dtype} {shapes[name]}: the op would read and write outside of it"
+            )
+        if not array.flags.c_contiguous or not array.flags.writeable:
+            raise CacheError(
+                f"OpenVINO binds a cache's memory as it is: its {name} array must be contiguous and writeable"
+            )
         packed = isinstance(cache.layout, PackedLayout)
         shape = (*array.shape[:3], cache.layout.row_elements(size)) if packed else array.shape  # type: ignore[attr-defined]
         tensors.append(array_tensor(array, ov.Shape(shape), cache.geometry.dtype))
