@@ -17,6 +17,10 @@ from attn_dispatch.errors import MetadataError
 __all__ = ["AttentionMetadata", "BatchPart", "BatchView"]
 
 
+# (The block tables are copied when their unused entries are cleared.)
+_GIVEN = ("query_start_loc", "seq_lens", "slot_mapping", "encoder_start_loc", "encoder_seq_lens", "encoder_slot_mapping")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchView:
     """The batch as one kind of layer sees it: who asks (query rows) and what is there to be read (keys).
@@ -118,6 +122,10 @@ class AttentionMetadata:
     _views: dict[Kind, BatchView] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The caller may fill its buffers for the next step while this one is planned or run: kernels get what was checked.
+        for name in _GIVEN:
+            if isinstance(given := getattr(self, name), np.ndarray):
+                object.__setattr__(self, name, given.copy())
         query_lens = _check_start_loc("query_start_loc", self.query_start_loc)
         pages = Pages.checked(
             "", self.block_size, self.seq_lens, self.block_table, self.slot_mapping, self.query_start_loc, query_lens
