@@ -32,7 +32,7 @@ INTERPRETED = isinstance(kernels.prefill, InterpretedFunction)
 
 _LANGUAGE = {"float32": tl.float32, "float16": tl.float16, "bfloat16": tl.bfloat16}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_WRITE_ROWS = 16
+_WRITE_ROWS = 64 if INTERPRETED else 16
 _interpreter = threading.Lock()  # it keeps the program that it is in in a global
 
 

@@ -73,7 +73,7 @@ def prefill_tiles(target: Target, head_size: int, value_size: int, compute_bytes
         converted: the cache stores another type: its elements are widened in registers.
     """
     if target == INTERPRETER:
-        return Tiles(64, 32, 1, 1)
+        return Tiles(128, 64, 1, 1)  # it takes as long for a large tile as for a small one
     tiles = _widest(_EXACT if compute_bytes == 4 else _PREFILL, target, head_size, value_size)
     if converted and target.family == "ampere" and tiles.rows * tiles.warps > 512:
         return Tiles(64, tiles.keys, 4, tiles.stages)
