@@ -43,6 +43,15 @@ def spec(**fields: Any) -> ad.AttentionSpec:
     return ad.AttentionSpec(**(plain | fields))
 
 
+def xformers_alone(tmp_path: Path) -> Path:
+    """A folder in which the installed xFormers is, and nothing else of what is installed here."""
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    for found in [SITE / "xformers", *SITE.glob("xformers-*.dist-info")]:
+        (folder / found.name).symlink_to(found)
+    return folder
+
+
 def with_triton(tmp_path: Path) -> Path:
     """A folder in which Triton is installed (empty: nothing of it is read to find that out)."""
     (tmp_path / "more" / "triton").mkdir(parents=True)
@@ -77,19 +86,19 @@ def test_verdicts(machine: MakeMachine, fields: dict[str, Any], refused: list[st
 
 
 def test_what_is_missing_is_said(machine: MakeMachine, tmp_path: Path) -> None:
-    more = with_triton(tmp_path)
+    more, alone = with_triton(tmp_path), xformers_alone(tmp_path)
     probe = lambda *models, **have: XformersBackend("x/y", machine(*models, **have)).probe()  # noqa: E731
-    assert "no NVIDIA GPU" in probe(more=(SITE, more)).reason
+    assert "no NVIDIA GPU" in probe(more=(alone, more)).reason
     assert "not installed" in probe(H200, more=(more,)).reason
-    assert "sm_75" in probe("Tesla T4", more=(SITE, more)).reason
-    assert probe(H200, more=(SITE, more))
+    assert "sm_75" in probe("Tesla T4", more=(alone, more)).reason
+    assert probe(H200, more=(alone, more))
     metadata = more / "triton-3.9.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.9.0\n")
-    assert "block pointers, which Triton 3.9.0 no longer has" in probe(H200, more=(SITE, more)).reason
+    assert "block pointers, which Triton 3.9.0 no longer has" in probe(H200, more=(alone, more)).reason
     metadata.rename(more / "triton-3.8.0.dist-info")
     (more / "triton-3.8.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.8.0\n")
-    assert probe(H200, more=(SITE, more))
+    assert probe(H200, more=(alone, more))
 
 
 @pytest.mark.interface
@@ -101,12 +110,12 @@ def test_flash_attention_4_alone_keeps_xformers_from_being_imported(machine: Mak
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "flash_attn.flash_attn_interface" in done.stderr
-    more = with_triton(tmp_path)
-    found = XformersBackend("x/y", machine(H200, packages=("flash-attn-4",), more=(SITE, more))).probe()
+    folders = (xformers_alone(tmp_path), with_triton(tmp_path))
+    found = XformersBackend("x/y", machine(H200, packages=("flash-attn-4",), more=folders)).probe()
     assert not found
     assert "FlashAttention 4 alone" in found.reason
     assert (both / "flash_attn" / "flash_attn_interface.py").exists()
-    assert XformersBackend("x/y", machine(H200, packages=("flash-attn",), more=(SITE, more))).probe()
+    assert XformersBackend("x/y", machine(H200, packages=("flash-attn",), more=folders)).probe()
 
 
 CROSS = {"encoder_seq_lens": [70, 3, 9], "encoder_block_tables": [[5, 0], [2], [1]]}
