@@ -77,6 +77,10 @@ class Model:
         """Return a new `openvino.InferRequest`: one caller at a time, its tensors stay bound."""
         return self._compiled.create_infer_request()
 
+    def property(self, name: str) -> Any:
+        """Return what OpenVINO made of a compile option."""
+        return self._compiled.get_property(name)
+
     def _check_types(self) -> None:
         # Compiling chooses the cache's type, and rewrites it without a word where it does not like the one asked for.
         wanted = ELEMENT[self.program.cache_dtype]

@@ -33,7 +33,7 @@ from .device import device_name
 from .layouts import GPU, PackedLayout, layout_for
 from .releases import Release, installed_version, known_releases, release_of
 from .steps import Step, paged_step, tree_bias
-from .verdicts import cpu_flags, refusals
+from .verdicts import NOTES, cpu_flags, refusals
 
 if TYPE_CHECKING:
     from .execution import Executor, Work
@@ -95,9 +95,11 @@ class PagedBackend(Backend):
         """Everything that the installed release computes correctly."""
         release, device = self._release(), device_name()
         found = tuple(refusals(spec, release, device))
-        if found or device == "CPU":
+        if found:
             return self.refuse(*found)
-        return self.accept("built the way the GPU plug-in's layouts want it; never run on one by this project")
+        if device != "CPU":
+            return self.accept("built the way the GPU plug-in's layouts want it; never run on one by this project")
+        return self.accept(NOTES.get(spec.kv_cache_dtype, ""))
 
     def layout(self, spec: AttentionSpec) -> CacheLayout:
         """HND, or OpenVINO's own packing of uint8 and uint4."""

@@ -12,7 +12,7 @@ from attn_dispatch import AttentionSpec, Refusal
 
 from .releases import Release
 
-__all__ = ["CPU_BLOCK", "GPU_BLOCK", "cpu_flags", "refusals"]
+__all__ = ["CPU_BLOCK", "GPU_BLOCK", "NOTES", "cpu_flags", "refusals"]
 
 CPU_BLOCK, GPU_BLOCK = 32, 16
 
@@ -22,6 +22,12 @@ CACHES = {
     "bfloat16": ("bfloat16", "uint8", "uint4"),
 }
 """Cache types by compute type."""
+
+NOTES = {
+    "uint8": "8-bit cache, a scale per token and head: results are off by about 1 % (root mean square)",
+    "uint4": "4-bit cache, a scale per token and head: results are off by about 15 % (root mean square)",
+}
+"""What a user should know of a yes, by cache type: measured on numbers of unit variance (tests/test_cache_types.py)."""
 
 _GPU_CACHES = {"float32": ("float16",), "float16": ("float16",)}
 

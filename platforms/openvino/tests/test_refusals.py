@@ -191,9 +191,7 @@ def test_padding_in_tables_is_harmless(layer: Callable[..., Any]) -> None:
     tables = np.array([[1, -1, 2**31 - 1], [0, 7, -5]], np.int32)
     batch = AttentionMetadata.build([1, 0], [9, 3], tables)
     q, k, v = it.arrays(1)
-    found, expected = (
-        attn.run(attn.plan(batch), q, k, v, attn.allocate(2)) for attn in (it.on(), it.on("reference"))
-    )
+    found, expected = (attn.run(attn.plan(batch), q, k, v, attn.allocate(2)) for attn in (it.on(), it.on("reference")))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
