@@ -149,7 +149,9 @@ class BatchPrefill(Call):
     ) -> Mapping[str, Any]:
         """Blocks are flattened to tokens; rows of an encoder are tokens already."""
         spec, batch = step.spec, step.batch
-        keys, values = (x.flatten(0, 1) if step.paged else x for x in (key, value))
+        # Idle rows read slots of block 0, which every cache has. The kernel sees no more of a large cache than it must.
+        reach = max(step.slots, spec.block_size)
+        keys, values = (x.flatten(0, 1)[:reach] if step.paged else x for x in (key, value))
         assert step.places is not None
         return {
             "q": q,

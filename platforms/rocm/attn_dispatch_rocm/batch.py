@@ -125,17 +125,18 @@ def _idle(queries: I32, seen: I32, spec: AttentionSpec) -> Bools | None:
     return idle if idle.any() else None
 
 
-def token_list(batch: Batch, block_size: int, *, paged: bool, spare: int) -> I32:
+def token_list(batch: Batch, spec: AttentionSpec, *, paged: bool, spare: int) -> I32:
     """Return where each key lies: a slot of the cache, or a row of k; sequence after sequence, then zeros.
 
     Args:
         batch: the batch.
-        block_size: B.
+        spec: the layers.
         paged: slots are meant; otherwise rows.
         spare: zeros at the end: a kernel may look up a tile's places beyond the last key.
 
     Raises:
-        PlanError: a slot's number does not fit the kernel's int32.
+        PlanError: the kernel, which reckons in 32 bits, cannot reach a key. It would read others without a word
+            (https://github.com/ROCm/aiter/issues/2608).
     """
     total = int(batch.lens.sum())
     out = np.zeros(total + spare, np.int32)
@@ -144,11 +145,13 @@ def token_list(batch: Batch, block_size: int, *, paged: bool, spare: int) -> I32
     if not paged:
         out[:total] = batch.first_row[sequence] + position
         return out
-    slots = batch.tables[sequence, position // block_size].astype(np.int64) * block_size + position % block_size
-    if slots.max(initial=0) > _INT32_MAX:
+    size = spec.block_size
+    slots = batch.tables[sequence, position // size].astype(np.int64) * size + position % size
+    width = spec.num_kv_heads * max(spec.head_size, spec.value_head_size)
+    if (highest := int(slots.max(initial=0)) + 1) * width > _INT32_MAX:
         raise PlanError(
-            f"slot {int(slots.max())} does not fit the 32 bits in which AITER's batch prefill is told slots: "
-            "use blocks below 2^31 / block_size"
+            f"slot {highest - 1} is beyond what AITER's batch prefill reaches: 2^31 elements of keys, here "
+            f"{_INT32_MAX // width} slots. Use a smaller cache, or a layer that its unified_attention computes"
         )
     out[:total] = slots
     return out

@@ -41,6 +41,7 @@ class Step:
         spec: the layers.
         device: where the tensors are.
         paged: keys are in a cache.
+        slots: of the cache that the batch reaches, from the first on.
         batch: the host's side.
         call: what the backend chose to call for this batch.
         idle: bool[T, 1], rows that attend to nothing (None: there are none).
@@ -63,6 +64,7 @@ class Step:
         tile: int = 1,
     ) -> None:
         self.spec, self.device, self.paged = spec, device, paged
+        self.slots = (view.pages.highest_block + 1) * spec.block_size
         self.batch = batch = cut(view, spec, paged=paged, tile=tile)
         self.call = choose(batch)
         self.scratch: dict[str, torch.Tensor] = {}
@@ -75,7 +77,7 @@ class Step:
         if batch.idle is not None:
             arrays["idle"] = batch.idle
         if self.call.spare is not None:
-            arrays["places"] = token_list(batch, spec.block_size, paged=paged, spare=self.call.spare)
+            arrays["places"] = token_list(batch, spec, paged=paged, spare=self.call.spare)
         writes = writes_of(view.pages.slot_mapping, spec.block_size) if paged and spec.writes_kv else None
         if writes is not None:
             arrays |= {"block": writes.block, "offset": writes.offset}

@@ -94,7 +94,7 @@ def test_idle_rows_are_those_that_the_reference_finds(
 def test_a_list_of_tokens() -> None:
     """Slot of every key, in order; sequences that see nothing read block 0; zeros beyond the end."""
     batch = cut(BATCH.view("decoder"), spec(), paged=True)
-    places = token_list(batch, 16, paged=True, spare=4)
+    places = token_list(batch, spec(), paged=True, spare=4)
     assert places.dtype == np.int32
     expected = [3 * 16 + i for i in range(16)] + [16 + i for i in range(16)] + [8 * 16 + i for i in range(5)]
     expected += [5 * 16 + i for i in range(9)]
@@ -106,7 +106,7 @@ def test_a_list_of_tokens() -> None:
 def test_a_list_of_an_encoders_rows() -> None:
     encoded = ad.AttentionMetadata.build([5, 0, 3], [5, 0, 3])
     batch = cut(encoded.view("encoder"), spec(kind="encoder"), paged=False)
-    assert token_list(batch, 16, paged=False, spare=2).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0]
+    assert token_list(batch, spec(), paged=False, spare=2).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 0]
     assert batch.tables.shape == (2, 0)
 
 
@@ -114,22 +114,23 @@ def test_a_slot_that_does_not_fit_is_refused() -> None:
     batch = Batch(
         query_start=np.array([0, 1], np.int32),
         lens=np.array([1], np.int32),
-        tables=np.array([[2**27]], np.int32),
+        tables=np.array([[2**20]], np.int32),
         first_row=np.zeros(1, np.int32),
         idle=None,
         max_query=1,
         min_query=1,
         max_keys=1,
     )
-    with pytest.raises(PlanError, match="32 bits"):
-        token_list(batch, 16, paged=True, spare=0)
+    with pytest.raises(PlanError, match=r"slot 16777216 is beyond .* 16777215 slots"):
+        token_list(batch, spec(), paged=True, spare=0)
+    assert token_list(batch, spec(num_heads=1, num_kv_heads=1), paged=True, spare=0).tolist() == [2**24]
 
 
 def test_no_sequence_at_all() -> None:
     empty = ad.AttentionMetadata.build([], [], [], 16)
     batch = cut(empty.view("decoder"), spec(), paged=True)
     assert (batch.num_seqs, batch.num_tokens, batch.max_keys) == (0, 0, 0)
-    assert token_list(batch, 16, paged=True, spare=1).tolist() == [0]
+    assert token_list(batch, spec(), paged=True, spare=1).tolist() == [0]
 
 
 def test_what_is_written() -> None:
