@@ -18,7 +18,9 @@ __all__ = ["AttentionMetadata", "BatchPart", "BatchView"]
 
 
 # (The block tables are copied when their unused entries are cleared.)
-_GIVEN = ("query_start_loc", "seq_lens", "slot_mapping", "encoder_start_loc", "encoder_seq_lens", "encoder_slot_mapping")
+_GIVEN = (
+    "query_start_loc", "seq_lens", "slot_mapping", "encoder_start_loc", "encoder_seq_lens", "encoder_slot_mapping",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,7 +124,7 @@ class AttentionMetadata:
     _views: dict[Kind, BatchView] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        # The caller may fill its buffers for the next step while this one is planned or run: kernels get what was checked.
+        # The caller may fill its buffers for the next step while this one is planned: kernels get what was checked.
         for name in _GIVEN:
             if isinstance(given := getattr(self, name), np.ndarray):
                 object.__setattr__(self, name, given.copy())
