@@ -3,9 +3,9 @@
     python -m attn_dispatch_cuda.compile_cell [--arch 9.0a] [--output FOLDER] [--again]
 
 Builds the modules behind `cuda/flashinfer` (decode, prefill by the fa2 kernels, append) with FlashInfer's own build
-files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0: every module was built and has
-kernels; 1: something failed. What was built is kept under the hash of the versions that it was built from.
-The compiler is that of the wheels (nvidia-cuda-nvcc and its parts), else the one of CUDA_HOME.
+files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0: every module was built and
+has kernels; 1: something failed. What was built is kept under the hash of the versions that it was built from. The
+compiler is that of the wheels (nvidia-cuda-nvcc and its parts), else the one of CUDA_HOME.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def built(tmp_path: Path, broken: str) -> subprocess.CompletedProcess[str]:
         "    print(kernel.name, kernel.registers, kernel.stack_bytes)\n"
         "print(cell.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)[1])\n"
     )
-    command = [shutil.which("python") or "python", "-c", script, str(tmp_path)]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -73,7 +73,7 @@ def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
         "spec.loader.exec_module(cell)\n"
         "sys.exit(cell.main([]))\n"
     )
-    python = os.path.realpath(shutil.which("python3") or "python3")
+    python = os.path.realpath(sys.executable)  # outside of any environment
     command = [python, "-I", "-S", "-c", script, compile_cell.__file__]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
