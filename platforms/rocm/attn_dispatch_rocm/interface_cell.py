@@ -285,9 +285,8 @@ def _page(programs: list[dict[str, Any]]) -> str:
 
         lines += [
             "",
-            f"AITER's Triton kernels, compiled by Triton {triton.__version__} to machine code with the arguments that",
-            "`rocm/aiter` gives them (bfloat16). Vector registers of a thread / spilled, LDS of a group in KiB / of how",
-            "much there is.",
+            f"AITER's Triton kernels, compiled by Triton {triton.__version__} to machine code, as `rocm/aiter` calls",
+            "them (bfloat16). Vector registers of a thread / spilled, LDS of a group in KiB / of how much there is.",
             "",
             "| target | head size | page | heads a key head | queries, context | kernel | registers | LDS |",
             "|---|---|---|---|---|---|---|---|",

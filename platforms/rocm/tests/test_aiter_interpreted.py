@@ -1,0 +1,127 @@
+"""AITER's own Triton kernel, through the backend, in Triton's interpreter (TRITON_INTERPRET=1).
+
+The kit's cases, as far as the kernel computes them, in types that the interpreter multiplies rightly: float16, float32.
+Whatever the backend says yes to is held to the contract, and mistakes must be noticed. It shows numbers, not a GPU. One
+case of each feature; ALL_INTERPRETED=1 runs the whole kit, in four minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from attn_dispatch.backend import Availability, Refusal, Verdict
+from attn_dispatch.conformance import CASES, BackendConformance, Case, check_mutations, run_case
+from attn_dispatch.contract import AttentionSpec
+from attn_dispatch_rocm import aiter_triton
+from attn_dispatch_rocm.aiter import AiterBackend
+from attn_dispatch_rocm.aiter_calls import Unified
+from attn_dispatch_rocm.aiter_kernels import UNIFIED, installed, refusals
+from attn_dispatch_rocm.batch import Batch
+from attn_dispatch_rocm.interface_cell import pretended
+from attn_dispatch_rocm.vendors import unpacked
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("not run: set TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton", reason="not run: needs triton")
+FOLDER = unpacked("amd-aiter")
+if FOLDER is None:
+    pytest.skip("not run: amd-aiter was not fetched (python -m attn_dispatch_rocm.vendors)", allow_module_level=True)
+
+TARGET = "gfx942"
+
+
+class Interpreted(AiterBackend):
+    """The backend with its general kernel, on the CPU."""
+
+    device_type = "cpu"
+
+    def default_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def probe(self) -> Availability:
+        return Availability(True, "AITER's Triton kernel, interpreted", evidence="simulated on CPU")
+
+    def verdict(self, spec: AttentionSpec) -> Verdict:
+        found = installed(self.machine)
+        assert found is not None
+        if "bfloat16" in (spec.dtype, spec.kv_cache_dtype):
+            return self.refuse(Refusal("dtype", spec.dtype, "Triton's interpreter multiplies bfloat16 wrongly"))
+        if spec.dtype == "float32" and spec.kv_cache_dtype == "float16":
+            return self.refuse(Refusal("kv_cache_dtype", spec.kv_cache_dtype, "float32 stands for float16 here"))
+        stored = "float16" if spec.kv_cache_dtype == spec.dtype else spec.kv_cache_dtype
+        layer = replace(spec, dtype="float16", kv_cache_dtype=stored) if spec.dtype == "float32" else spec
+        return self.refuse(*refusals(found, UNIFIED, TARGET, layer))
+
+    def kernel(self, spec: AttentionSpec, target: str, batch: Batch) -> str:
+        return UNIFIED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel() -> Iterator[None]:
+    """AITER's module, as it is on the target."""
+    from attn_dispatch_rocm import calls
+
+    assert FOLDER is not None
+    with aiter_triton.load(FOLDER, aiter_triton.TARGETS[TARGET]) as module:
+        calls._loaded[Unified.module, UNIFIED] = module.unified_attention
+        yield
+        del calls._loaded[Unified.module, UNIFIED]
+
+
+BACKEND = Interpreted("test/aiter", pretended(TARGET, FOLDER))
+ACCEPTED = [case for case in CASES if case.tokens <= 170 and BACKEND.verdict(case.spec)]
+BY_FEATURE = {case.feature: case for case in sorted(ACCEPTED, key=lambda case: -sum(case.new) - case.tokens)}
+
+if os.environ.get("ALL_INTERPRETED"):
+
+    class TestInterpreted(BackendConformance):
+        backend: ClassVar[Any] = BACKEND
+        max_tokens = 170
+        examples = 12
+
+        def test_threads_do_not_disturb_each_other(self) -> None:
+            pytest.skip("not run: Triton's interpreter is for one thread")
+
+
+def test_what_is_here() -> None:
+    """So many features of the kit are computed by the vendor's kernel itself."""
+    assert {"decode", "mixed", "window", "soft-cap", "ALiBi", "sinks", "padding", "head size 80"} <= BY_FEATURE.keys()
+
+
+@pytest.mark.parametrize("case", BY_FEATURE.values(), ids=lambda case: case.name)
+def test_case(case: Case) -> None:
+    assert run_case(BACKEND, case).verdict
+
+
+@pytest.mark.parametrize("feature", ["window", "soft-cap", "ALiBi", "sinks", "scale", "mixed"])
+def test_mistake_is_noticed(feature: str) -> None:
+    check_mutations(BACKEND, BY_FEATURE[feature])
+
+
+def test_a_long_context_is_split(kernel: None) -> None:
+    """Beyond 512 tokens the vendor's launcher takes its other pair of kernels."""
+    import numpy as np
+
+    import attn_dispatch as ad
+
+    for fields in ({}, {"sinks": True}, {"alibi": True}, {"logits_soft_cap": 3.0}, {"window": (600, 0)}):
+        spec = ad.AttentionSpec(num_heads=2, num_kv_heads=1, head_size=16, dtype="float32", block_size=64, **fields)
+        own: dict[str, Any] = {"alibi_slopes": np.array([0.3, 0.01])} if spec.alibi else {}
+        own |= {"sinks": np.array([0.5, 2.0])} if spec.sinks else {}
+        attn, exact = ad.attention(spec, BACKEND, **own), ad.attention(spec, "reference", **own)
+        cache, other = attn.allocate(12), exact.allocate(12)
+        torch.manual_seed(0)
+        for name in ("key", "value"):
+            cache.arrays[name].normal_()
+            other.arrays[name][...] = cache.arrays[name].transpose(1, 2).numpy()
+        batch = ad.AttentionMetadata.build([1], [700], [[3, 5, 1, 0, 2, 4, 11, 10, 9, 8, 7]], 64)
+        q, k, v = (torch.randn(1, n, 16) for n in (2, 1, 1))
+        found = attn.run(attn.plan(batch), q, k, v, cache)
+        expected = exact.run(exact.plan(batch), q.numpy(), k.numpy(), v.numpy(), other)
+        assert np.abs(found.numpy() - expected).max() < 1e-5
