@@ -15,7 +15,6 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from rich.console import Console
@@ -38,27 +37,33 @@ def compare(model: Any, backend: str, batch: int, context: int, steps: int) -> s
     """Return one line: milliseconds of a step on either path, and their ratio."""
     prompts = torch.randint(100, 1000, (batch, context), generator=torch.Generator().manual_seed(0))
     theirs, ours = transformers.DynamicCache(config=model.config), PagedCache(model, backend=backend)
-    rows, ones = ours.sequences.add(batch), np.ones(batch, np.int32)
+    manager = ours.manager
+    sequences = [manager.begin(prompt) for prompt in prompts.tolist()]
     last = torch.arange(batch)
 
     model.set_attn_implementation("sdpa")
     tokens = model(prompts, past_key_values=theirs, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
     model.set_attn_implementation(NAME)
-    ours.next_step(rows, ones * context)
+    step = ours.next_step([(seq, context) for seq in sequences])
     model(
         prompts.view(1, -1),
         position_ids=torch.arange(context).repeat(batch)[None],
         past_key_values=ours,
         logits_to_keep=last,
     )
+    manager.commit(step)
 
     def their_step() -> Any:
         return model(torch.tensor(tokens)[:, None], past_key_values=theirs).logits[:, -1]
 
     def our_step() -> Any:
-        ours.next_step(rows, ones)
+        for seq, token in zip(sequences, tokens, strict=True):
+            manager.append(seq, [token])
+        step = ours.next_step([(seq, 1) for seq in sequences])
         at = torch.full((1, batch), context + len(our_times))
-        return model(torch.tensor([tokens]), position_ids=at, past_key_values=ours, logits_to_keep=last).logits[0]
+        said = model(torch.tensor([tokens]), position_ids=at, past_key_values=ours, logits_to_keep=last).logits[0]
+        manager.commit(step)
+        return said
 
     their_times: list[float] = []
     our_times: list[float] = []

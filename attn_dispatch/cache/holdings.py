@@ -47,7 +47,6 @@ class Holdings:
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise CacheError(f"{name}={value!r} must be a whole number, 1 or more")
-        self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.pool = BlockPool(num_blocks, scrub)
@@ -56,6 +55,11 @@ class Holdings:
         self._alive: dict[int, Sequence] = {}
         self._numbers = itertools.count()
         self._evicted = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """N of the caches."""
+        return self.pool.num_blocks
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -82,11 +86,35 @@ class Holdings:
     def cached_tokens(self, seq: Sequence) -> int:
         """Return how many tokens of a sequence would not have to be computed if it ran now."""
         self._check(seq)
-        node, index = seq.node, seq.published
-        if not seq.swapped and seq.num_blocks == seq.published:
-            while (found := self._next(seq, node, index)) is not None:
-                node, index = found, index + 1
-        return max(seq.computed, index * self.block_size)
+        return max(seq.computed, self._cached(seq)[1] * self.block_size)
+
+    def attach(self, seq: Sequence) -> None:
+        """Let a sequence hold what is cached of it now, so that it stays: what its next step would do first.
+
+        Raises:
+            CacheError: it is swapped out, or a step of it is not committed.
+        """
+        self._check(seq, ready=True)
+        self._match(seq)
+
+    def apart(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Return those of these sequences, in order, of which none is about to compute what one before it computes.
+
+        The others need not: once those have been computed, they find it in the cache.
+        """
+        names: set[Hashable] = set()
+        chosen = []
+        for seq in sequences:
+            self._check(seq)
+            node, index = self._cached(seq)
+            end = (index + 1) * self.block_size
+            if self.prefix_caching and end <= seq.length:
+                name = (seq.tenant, None if node is None else node.block, seq.key(index, self.block_size))
+                if name in names and end < seq.length and self._at_prefix(seq):
+                    continue
+                names.add(name)
+            chosen.append(seq)
+        return chosen
 
     def fork(self, seq: Sequence, count: int = 1) -> list[Sequence]:
         """Return sequences that go on from where this one is, on the same blocks (beam search, parallel sampling).
@@ -144,7 +172,6 @@ class Holdings:
             CacheError: there are more already.
         """
         self.pool.grow(num_blocks)
-        self.num_blocks = num_blocks
 
     def clear_cache(self) -> None:
         """Forget every cached prefix that no sequence uses (the model's weights have changed, say): O(cache)."""
@@ -172,9 +199,21 @@ class Holdings:
             return None
         return self.tree.child(node, seq.tenant, seq.key(index, self.block_size))
 
+    def _at_prefix(self, seq: Sequence) -> bool:
+        """Return whether a sequence could go on with cached blocks: it ends where a block of the prefix cache does."""
+        return not seq.swapped and seq.num_blocks == seq.published and seq.computed == seq.published * self.block_size
+
+    def _cached(self, seq: Sequence) -> tuple[Node | None, int]:
+        """Return the last cached block of a sequence, its own or one that it could take, and how many come to there."""
+        node, index = seq.node, seq.published
+        if self._at_prefix(seq):
+            while (found := self._next(seq, node, index)) is not None:
+                node, index = found, index + 1
+        return node, index
+
     def _match(self, seq: Sequence) -> None:
         """Let a sequence take the blocks that are cached of what it would compute next."""
-        if seq.num_blocks != seq.published or seq.computed != seq.published * self.block_size:
+        if not self._at_prefix(seq):
             return
         found = []
         while (node := self._next(seq, seq.node, seq.published)) is not None:

@@ -49,6 +49,11 @@ class BlockPool:
         """Blocks that can be had: free ones, and idle ones once they are evicted."""
         return len(self._free) + len(self.idle)
 
+    @property
+    def in_use(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.num_available
+
     def take(self, count: int) -> list[int]:
         """Return `count` free blocks with one holder each.
 

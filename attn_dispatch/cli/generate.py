@@ -45,12 +45,15 @@ def generate(
     ] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="Type that the cache stores (default: dtype).")] = None,
     max_sequences: Annotated[int, typer.Option(min=1, help="Prompts that run at once.")] = 64,
+    no_prefix_sharing: Annotated[
+        bool, typer.Option("--no-prefix-sharing", help="Compute every prompt for itself, whatever they have in common.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With a temperature: draw from this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="With a temperature: of the draws.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, with no chat template.")] = False,
     as_object: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Say more about times, blocks and verdicts.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Say more about times, the cache and verdicts.")] = False,
 ) -> None:
     """Run a language model through the paged KV cache and print what it answers."""
     prompts = _prompts(prompt, prompts_file)
@@ -76,6 +79,7 @@ def generate(
         num_blocks=num_blocks,
         kv_cache_dtype=kv_cache_dtype,
         max_sequences=max_sequences,
+        prefix_sharing=not no_prefix_sharing,
     )
 
     def text_of(completion: Completion) -> str:

@@ -31,7 +31,7 @@ def as_json(
         backend: the argument, for who decided.
         load_s: seconds that loading took.
     """
-    block_size = cache.sequences.block_size
+    block_size = cache.manager.block_size
     slots = run.blocks_peak * block_size
     layers = [
         {
@@ -69,8 +69,19 @@ def as_json(
             "blocks_allocated": cache.pool.num_blocks,
             "block_bytes": cache.block_bytes,
             "tokens": run.tokens_at_peak,
-            "waste": 1 - run.tokens_at_peak / slots if slots else 0.0,
+            "waste": run.waste,
+            "waste_at_peak": 1 - run.tokens_at_peak / slots if slots else 0.0,
             "padded_tokens": run.padded_tokens,
+        },
+        "prefix_cache": {
+            "sharing": cache.manager.prefix_caching,
+            "prompt_tokens": run.prompt_tokens,
+            "hit_tokens": run.hit_tokens,
+            "hit_rate": run.hit_rate,
+            "blocks_shared": run.blocks_shared,
+            "blocks_unshared": run.blocks_unshared,
+            "blocks_cached": len(cache.pool.idle),
+            "blocks_evicted": run.evicted_blocks,
         },
     }
 
@@ -83,7 +94,7 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
         cache: for the verdicts.
         stats: say more.
     """
-    times, kv = facts["timings"], facts["kv_cache"]
+    times, kv, prefixes = facts["timings"], facts["kv_cache"], facts["prefix_cache"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     layers: Counter[str] = Counter()
@@ -96,8 +107,10 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     table.add_row(
         "KV cache",
         f"{kv['blocks']} blocks of {kv['block_size']} tokens, {_size(kv['blocks'] * kv['block_bytes'])}, "
-        f"{kv['waste']:.0%} of it unused",
+        f"{kv['waste']:.1%} of it unused",
     )
+    if prefixes["hit_tokens"]:
+        table.add_row("prefixes", f"{prefixes['hit_tokens']} prompt tokens found in the cache, not computed again")
     if not stats:
         return table
     finished = [facts["finish_reasons"].count(reason) for reason in ("stop", "length")]
@@ -108,6 +121,23 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     held = sum(map(len, facts["prompt_token_ids"])) + sum(map(len, facts["token_ids"]))
     table.add_row("padding", f"none: {held} tokens; a rectangle would hold {kv['padded_tokens']}")
     table.add_row("blocks", f"{kv['blocks_allocated']} allocated, {_size(kv['blocks_allocated'] * kv['block_bytes'])}")
+    table.add_row(
+        "hit rate",
+        f"{prefixes['hit_rate']:.1%}: {prefixes['hit_tokens']} of {prefixes['prompt_tokens']} prompt tokens"
+        if prefixes["sharing"]
+        else "no prefix is shared (--no-prefix-sharing)",
+    )
+    table.add_row(
+        "shared",
+        f"{prefixes['blocks_shared']} blocks at once; each sequence with its own, {prefixes['blocks_unshared']} would "
+        f"be in use instead of {kv['blocks']}",
+    )
+    table.add_row(
+        "waste", f"{kv['waste']:.2%} of the slots in use held no token, {kv['waste_at_peak']:.2%} when most were in use"
+    )
+    table.add_row(
+        "at the end", f"{prefixes['blocks_cached']} blocks of prefixes kept, {prefixes['blocks_evicted']} evicted"
+    )
     for layer in facts["layers"]:
         table.add_row("layers", Text(f"{layer['layers']} x {layer['spec']}: {layer['backend']}"))
     verdicts = [Text(str(dispatch.explain(layer.spec, cache.backend))) for layer, _ in cache.attentions]

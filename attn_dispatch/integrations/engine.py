@@ -1,7 +1,9 @@
 """`Engine`: several prompts at once through one transformers model and one paged cache, without a token of padding.
 
 Each step is one row of tokens, [1, T]: whole prompts side by side (long ones in pieces), or one token of every
-sequence that is still going. A sequence that ends leaves the batch, and its blocks are free for one that waits.
+sequence that is still going. What several prompts begin with is computed once: the first one computes it, the others
+wait for that step and then share its blocks. A sequence that ends leaves the batch; its blocks can be had by those that
+wait, and until then what they hold is found again by prompts that begin with the same tokens.
 """
 
 from __future__ import annotations
@@ -9,76 +11,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from attn_dispatch import cache
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
 from attn_dispatch.errors import CacheError
+from attn_dispatch.integrations.engine_run import Completion, Run
 from attn_dispatch.integrations.paged_cache import PagedCache
 from attn_dispatch.integrations.sampling import Sampler
 
 __all__ = ["Completion", "Engine", "Run"]
 
 _WARM_UP_TOKENS = 8  # of a prompt: enough to be one
-
-
-@dataclass(slots=True)
-class Completion:
-    """One prompt and what followed it.
-
-    Attributes:
-        index: of the prompt.
-        prompt: its token ids.
-        tokens: the new ones; a stop token is the last of them.
-        finish_reason: "stop" or "length" ("" while it is going).
-    """
-
-    index: int
-    prompt: Sequence[int]
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    row: int = -1
-    done: int = 0  # tokens that are in the cache
-
-
-@dataclass(slots=True)
-class Run:
-    """What `Engine.generate` did, with times in seconds.
-
-    Attributes:
-        completions: in the order of the prompts.
-        warmup_s: of two forwards beforehand, in which backends are chosen, imported and compiled.
-        prefill_s, prefill_tokens, prefill_steps: prompts; the first new token of each is part of it.
-        decode_s, decode_tokens, decode_steps: every further token.
-        blocks_peak: the most blocks that were in use at once.
-        tokens_at_peak: tokens that they held.
-        padded_tokens: what a rectangular cache would hold at the end: sequences x the longest of them.
-        tokens: what was held instead, all sequences together.
-    """
-
-    completions: list[Completion]
-    warmup_s: float = 0.0
-    prefill_s: float = 0.0
-    prefill_tokens: int = 0
-    prefill_steps: int = 0
-    decode_s: float = 0.0
-    decode_tokens: int = 0
-    decode_steps: int = 0
-    blocks_peak: int = 0
-    tokens_at_peak: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all sequences, prompts included."""
-        return sum(len(c.prompt) + len(c.tokens) for c in self.completions)
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens of a rectangle that holds all sequences."""
-        return len(self.completions) * max((len(c.prompt) + len(c.tokens) for c in self.completions), default=0)
 
 
 class Engine:
@@ -94,6 +41,7 @@ class Engine:
         kv_cache_dtype: str | None = None,
         max_sequences: int = 64,
         max_step_tokens: int = 2048,
+        prefix_sharing: bool = True,
     ) -> None:
         """Prepare to generate.
 
@@ -105,13 +53,19 @@ class Engine:
             kv_cache_dtype: type that is stored (None: the model's).
             max_sequences: at once.
             max_step_tokens: prompt tokens of one step.
+            prefix_sharing: compute what prompts begin with once, and keep it until room is needed.
 
         Raises:
             ModelError: the model cannot run on a paged cache.
         """
         self.model = model
         self.cache = PagedCache(
-            model, block_size=block_size, num_blocks=num_blocks, backend=backend, kv_cache_dtype=kv_cache_dtype
+            model,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            backend=backend,
+            kv_cache_dtype=kv_cache_dtype,
+            prefix_sharing=prefix_sharing,
         )
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
@@ -147,6 +101,7 @@ class Engine:
             self._warm_up(run.completions[0].prompt)
         run.warmup_s = time.perf_counter() - began
         waiting, running = deque(run.completions), list[Completion]()
+        before = self.cache.manager.usage()
 
         def accept(sequences: list[Completion], logits: Any) -> None:
             """Give each of these sequences its next token; those that end by it leave."""
@@ -156,27 +111,25 @@ class Engine:
                 if ended or len(sequence.tokens) == max_new_tokens:
                     sequence.finish_reason = "stop" if ended else "length"
                     running.remove(sequence)
-                    self.cache.sequences.remove(np.array([sequence.row]))
+                    self.cache.manager.free(sequence.held)
+                else:
+                    self.cache.manager.append(sequence.held, [token])
                 on_token(sequence)
 
-        while waiting or running:
-            self._admit(waiting, running, max_new_tokens)
-            pieces = self._prompt_pieces(running)
-            began = time.perf_counter()
-            if pieces:
-                logits = self._step(run, pieces)
-                whole = [sequence for sequence, _ in pieces if sequence.done == len(sequence.prompt)]
-                if whole:
-                    accept(whole, logits)
-                run.prefill_s += time.perf_counter() - began
-                run.prefill_tokens += sum(count for _, count in pieces)
-                run.prefill_steps += 1
-            else:
-                sequences = list(running)
-                accept(sequences, self._step(run, [(sequence, 1) for sequence in sequences]))
-                run.decode_s += time.perf_counter() - began
-                run.decode_tokens += len(sequences)
-                run.decode_steps += 1
+        try:
+            while waiting or running:
+                self._admit(waiting, running, max_new_tokens)
+                pieces = self._prompt_pieces(running)
+                began = time.perf_counter()
+                sequences = [sequence for sequence, _ in pieces] if pieces else list(running)
+                tokens, logits = self._step(run, pieces or [(sequence, 1) for sequence in sequences])
+                accept([sequence for sequence in sequences if not sequence.held.remaining], logits)
+                run.add(time.perf_counter() - began, tokens, prompts=bool(pieces))
+        finally:
+            for sequence in [*running, *waiting]:
+                if sequence.begun:  # something went wrong: leave the cache to the next call
+                    self.cache.manager.free(sequence.held)
+        run.count(before, self.cache.manager.usage())
         return run
 
     def _check(self, completions: list[Completion], max_new_tokens: int) -> None:
@@ -187,7 +140,7 @@ class Engine:
             if not sequence.prompt:
                 raise CacheError(f"prompt {sequence.index} has no tokens")
             needed = self._blocks(sequence, max_new_tokens)
-            if not pool.grows and needed > pool.num_blocks:
+            if not self.cache.grows and needed > pool.num_blocks:
                 raise CacheError(
                     f"prompt {sequence.index}: {len(sequence.prompt)} tokens and {max_new_tokens} new ones need "
                     f"{needed} blocks of {self.cache.sequences.block_size}, the cache has {pool.num_blocks}"
@@ -199,52 +152,61 @@ class Engine:
 
     def _admit(self, waiting: deque[Completion], running: list[Completion], max_new_tokens: int) -> None:
         """Let prompts in while there is room for all that they may become: nothing is thrown out later."""
-        pool = self.cache.pool
-        promised = sum(self._blocks(sequence, max_new_tokens) for sequence in running)
+        manager = self.cache.manager
+
+        def missing(sequence: Completion) -> int:
+            """Return how many more blocks it may want; what it found in the cache it holds already."""
+            return self._blocks(sequence, max_new_tokens) - sequence.held.num_blocks
+
+        promised = sum(map(missing, running))
         while waiting and len(running) < self.max_sequences:
-            promised += self._blocks(waiting[0], max_new_tokens)
-            if not pool.grows and promised > pool.num_blocks:
+            sequence = waiting[0]
+            if not sequence.begun:
+                sequence.held = manager.begin(sequence.prompt)
+            manager.attach(sequence.held)
+            promised += missing(sequence)
+            if not self.cache.grows and promised > manager.pool.num_available:
+                manager.preempt(sequence.held)
                 return
-            sequence = waiting.popleft()
-            sequence.row = int(self.cache.sequences.add(1)[0])
-            running.append(sequence)
+            running.append(waiting.popleft())
 
     def _prompt_pieces(self, running: list[Completion]) -> list[tuple[Completion, int]]:
         """Return what of the prompts is computed next, within a step's number of tokens."""
-        pieces, room = [], self.max_step_tokens
-        for sequence in running:
-            count = min(len(sequence.prompt) - sequence.done, room)
+        manager, pieces, room = self.cache.manager, [], self.max_step_tokens
+        prompts = {sequence.held.id: sequence for sequence in running if not sequence.tokens}
+        for held in manager.apart([sequence.held for sequence in prompts.values()]):
+            count = min(held.length - manager.cached_tokens(held), room)
             if count > 0:
-                pieces.append((sequence, count))
+                pieces.append((prompts[held.id], count))
                 room -= count
         return pieces
 
-    def _step(self, run: Run, pieces: list[tuple[Completion, int]]) -> Any:
-        """Run the model over the next tokens of these sequences; return the logits after each complete one."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        last: list[int] = []
-        for sequence, count in pieces:
-            begin, prompt = sequence.done, len(sequence.prompt)
-            tokens += sequence.prompt[begin : begin + count] if begin < prompt else sequence.tokens[-1:]
-            positions += range(begin, begin + count)
-            sequence.done = begin + count
-            if sequence.done >= prompt:
-                last.append(len(tokens) - 1)
-        rows = np.array([sequence.row for sequence, _ in pieces], np.intp)
-        logits = self._forward(rows, np.array([count for _, count in pieces], np.int32), tokens, positions, last)
-        used = self.cache.pool.in_use
-        if used >= run.blocks_peak:
-            run.blocks_peak, run.tokens_at_peak = used, self.cache.sequences.num_tokens
-        return logits
+    def _step(self, run: Run, pieces: list[tuple[Completion, int]]) -> tuple[int, Any]:
+        """Run the model over the next tokens of these sequences.
 
-    def _forward(self, rows: Any, new: Any, tokens: list[int], positions: list[int], last: list[int]) -> Any:
+        Returns:
+            How many tokens that were, and the logits after each sequence of which all tokens are computed now.
+        """
+        step = self.cache.next_step([(sequence.held, count) for sequence, count in pieces])
+        logits = self._forward(step)
+        run.look(self.cache.manager)
+        self.cache.manager.commit(step)
+        return step.num_tokens, logits
+
+    def _forward(self, step: cache.Step) -> Any:
         device = self.model.device
-        self.cache.next_step(rows, new)
+        ends = np.cumsum(step.query_lens)
+        # A token's place in its sequence, from its place in the row.
+        positions = np.arange(step.num_tokens) + np.repeat(step.seq_lens - ends, step.query_lens)
+        last = [
+            end - 1
+            for seq, length, end in zip(step.sequences, step.seq_lens.tolist(), ends.tolist(), strict=True)
+            if length == seq.length
+        ]
         with torch.inference_mode():
             output = self.model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=torch.tensor([positions], device=device),
+                input_ids=torch.from_numpy(step.tokens)[None].to(device),
+                position_ids=torch.from_numpy(positions)[None].to(device),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
@@ -253,7 +215,10 @@ class Engine:
 
     def _warm_up(self, prompt: Sequence[int]) -> None:
         """Let backends be chosen, imported and compiled: with a piece of a prompt, then with one token."""
+        manager = self.cache.manager
         for piece in (list(prompt[:_WARM_UP_TOKENS]), list(prompt[:1])):
-            row = self.cache.sequences.add(1)
-            self._forward(row, np.array([len(piece)], np.int32), piece, list(range(len(piece))), [len(piece) - 1])
-            self.cache.sequences.remove(row)
+            held = manager.begin(piece)
+            try:
+                self._forward(self.cache.next_step([(held, len(piece))]))  # not committed: nobody finds it
+            finally:
+                manager.free(held)

@@ -1,13 +1,14 @@
 """`PagedCache`: a transformers cache whose keys and values lie in blocks, one table and one plan for all the layers.
 
 It is filled in one of two ways. By `model.generate` (or `model(...)`): a rectangle of tokens per call, with padding,
-which is dropped. Or packed: `next_step` announces the sequences and their new tokens, then the model is called with
-all of them in one row, [1, T], and nothing is padded.
+which is dropped. Or packed, by sequences of its `manager`: `next_step` announces some of them, then the model is called
+with the step's tokens in one row, [1, T]; nothing is padded, and what is cached of a prompt is not computed again.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,10 @@ from transformers import Cache
 
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Plan
+from attn_dispatch.cache import CacheManager, Exhausted, Sequence, Step
 from attn_dispatch.contract import AttentionSpec, KVCache
-from attn_dispatch.contract.pages import I32
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
 from attn_dispatch.errors import CacheError, ModelError, PlanError
-from attn_dispatch.integrations.blocks import GrowingPool
 from attn_dispatch.integrations.layer_spec import layer_parameters, layer_spec
 from attn_dispatch.integrations.padding import Columns
 from attn_dispatch.integrations.paged_layer import BoundLayer, PagedLayer, PagedStep
@@ -38,8 +38,10 @@ class PagedCache(Cache):  # type: ignore[misc]
     """A paged key/value cache for a transformers model whose `attn_implementation` is "attn_dispatch".
 
     Attributes:
-        sequences: lengths and block tables.
-        pool: the blocks.
+        manager: of packed sequences.
+        sequences: lengths and block tables of a padded batch.
+        pool: the blocks, of either.
+        grows: whether there are more when they are all in use.
         backend: what `attention` was asked for.
     """
 
@@ -51,6 +53,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         num_blocks: int | None = None,
         backend: str | None = None,
         kv_cache_dtype: str | None = None,
+        prefix_sharing: bool = True,
     ) -> None:
         """Make an empty cache.
 
@@ -60,6 +63,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             num_blocks: N, fixed (None: grows as needed).
             backend: the one that every layer is to run on (None: chosen for each spec).
             kv_cache_dtype: type that is stored (None: the layers').
+            prefix_sharing: packed sequences find each other's prefixes, also after their ends.
 
         Raises:
             ModelError: the model does not attend through attn_dispatch, or has layers that a paged cache cannot hold.
@@ -77,8 +81,12 @@ class PagedCache(Cache):  # type: ignore[misc]
                 "attention only"
             )
         super().__init__(layers=[PagedLayer(self, i) for i in range(config.num_hidden_layers)])
-        self.pool = GrowingPool(_FIRST_BLOCKS if num_blocks is None else num_blocks, grows=num_blocks is None)
-        self.sequences = Sequences(block_size, self.pool)
+        self.grows = num_blocks is None
+        self.manager = CacheManager(
+            _FIRST_BLOCKS if num_blocks is None else num_blocks, block_size, prefix_caching=prefix_sharing
+        )
+        self.pool = self.manager.pool
+        self.sequences = Sequences(block_size, self.pool, grows=self.grows)
         self.backend = backend
         self.kv_cache_dtype = kv_cache_dtype
         self._columns = Columns()
@@ -95,17 +103,27 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     # A step.
 
-    def next_step(self, rows: Rows, new: I32) -> None:
-        """Announce a packed step: the model is called next with `new[i]` tokens of sequence `rows[i]`, [1, sum(new)].
+    def next_step(self, wanted: Iterable[tuple[Sequence, int]]) -> Step:
+        """Announce a packed step: the model is called next with the step's tokens in one row, [1, T].
+
+        Its keys and values are then in the cache: `manager.commit(step)`.
+
+        Args:
+            wanted: sequences of the manager, each with the most tokens to compute.
 
         Raises:
             CacheError: too few free blocks, or the cache is in use by padded batches. Nothing has been changed.
         """
         if self.length:
             raise CacheError("this cache holds a padded batch; reset() it before packed steps")
-        batch = self.sequences.extend(rows, new)
+        wanted = list(wanted)
+        while isinstance(step := self.manager.step(wanted), Exhausted):
+            if not self.grows:
+                raise CacheError(f"{step}, or give the cache more with num_blocks= (it has {self.pool.num_blocks})")
+            self.manager.grow(self.pool.num_blocks + max(self.pool.num_blocks, step.needed))
         self._packed = True
-        self._start(PagedStep(1, int(new.sum()), batch))
+        self._start(PagedStep(1, step.num_tokens, step))
+        return step
 
     def _start(self, step: PagedStep) -> None:
         if self._step is not None and not self._step.attended:
@@ -139,7 +157,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             raise CacheError(f"layer {layer.index} missed a step: its keys and values would be of other tokens")
         layer.step_number = self._number
 
-    def ready(self, mask: Any) -> tuple[PagedStep, StepBatch]:
+    def ready(self, mask: Any) -> tuple[PagedStep, StepBatch | Step]:
         """Return the step with its batch, which is made when the first layer attends.
 
         Args:
@@ -199,7 +217,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             bound = self._bound[module] = BoundLayer(chosen, self._groups.index(group))
         return bound
 
-    def plan(self, step: PagedStep, batch: StepBatch, bound: BoundLayer) -> Plan:
+    def plan(self, step: PagedStep, batch: StepBatch | Step, bound: BoundLayer) -> Plan:
         """Return the step's plan for the specs that are equal to this layer's, made once."""
         plans = step.plans
         while len(plans) <= bound.group:
@@ -209,7 +227,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             plan = plans[bound.group] = bound.attention.plan(batch.metadata)
         return plan
 
-    def store(self, layer: PagedLayer, batch: StepBatch, bound: BoundLayer, device: Any) -> KVCache:
+    def store(self, layer: PagedLayer, batch: StepBatch | Step, bound: BoundLayer, device: Any) -> KVCache:
         """Return a layer's blocks, as many as the pool has, with shared ones copied before they are written into."""
         store = layer.store
         if store is None or store.num_blocks < self.pool.num_blocks:
@@ -248,11 +266,14 @@ class PagedCache(Cache):  # type: ignore[misc]
     @property
     def batch_size(self) -> int:
         """Sequences in the cache, -1 before the first."""
-        return self.sequences.count or -1
+        return self.sequences.count or len(self.manager.sequences) or -1
 
     def reset(self) -> None:
-        """Forget all sequences; the blocks stay allocated."""
+        """Forget all sequences and prefixes; the blocks stay allocated."""
         self.sequences.clear()
+        for seq in self.manager.sequences:
+            self.manager.free(seq)
+        self.manager.clear_cache()
         self._columns = Columns()
         self._packed = False
         self._step = None
@@ -272,7 +293,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     def _select(self, order: Rows) -> None:
         if self._packed:
-            raise CacheError("the sequences of a packed cache have rows of their own: use sequences.remove")
+            raise CacheError("the sequences of a packed cache come and go one by one: use manager.fork and .free")
         if self.length:
             self.sequences.select(order)
 
@@ -289,7 +310,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         self._select(np.repeat(np.arange(self.sequences.count), repeats))
 
     def __repr__(self) -> str:
+        tokens = self.sequences.num_tokens + sum(seq.computed for seq in self.manager.sequences)
         return (
-            f"PagedCache({len(self.layers)} layers, {self.sequences.count} sequences, {self.sequences.num_tokens} "
+            f"PagedCache({len(self.layers)} layers, {max(self.batch_size, 0)} sequences, {tokens} "
             f"tokens in {self.pool.in_use} of {self.pool.num_blocks} blocks of {self.sequences.block_size})"
         )

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from attn_dispatch.cache import BlockPool
 from attn_dispatch.contract import AttentionMetadata
 from attn_dispatch.contract.pages import I32
 from attn_dispatch.errors import CacheError
-from attn_dispatch.integrations.blocks import GrowingPool
 
 __all__ = ["Rows", "Sequences", "StepBatch"]
 
@@ -32,12 +32,14 @@ class Sequences:
     Attributes:
         block_size: B.
         pool: whose blocks are used.
+        grows: whether the pool gets more blocks when none is free (caches of as many have to follow).
         lens: i32[rows], tokens in the cache.
     """
 
-    def __init__(self, block_size: int, pool: GrowingPool) -> None:
+    def __init__(self, block_size: int, pool: BlockPool, *, grows: bool = False) -> None:
         self.block_size = block_size
         self.pool = pool
+        self.grows = grows
         self._begin()
 
     def _begin(self) -> None:
@@ -72,14 +74,14 @@ class Sequences:
         A block that others hold too is replaced by a copy before it is written into (copy-on-write).
 
         Raises:
-            CacheError: the pool has too few free blocks. Nothing has been changed.
+            CacheError: the pool has too few free blocks and may not grow. Nothing has been changed.
         """
         before = self.lens[rows]
         after = before + new
         wanted = -(-after // np.int32(self.block_size))
         missing = wanted - self._used[rows]
         shared = self._written_and_shared(rows, before, new) if self.pool.shared else []
-        fresh = self.pool.take(int(missing.sum()) + len(shared))
+        fresh = self._take(int(missing.sum()) + len(shared))
         copy_from, copy_to = [], []
         for row, at in shared:
             copy_from.append(int(self._table[row, at]))
@@ -103,6 +105,17 @@ class Sequences:
             block_size=self.block_size,
         )
         return StepBatch(metadata, copy_from, copy_to)
+
+    def _take(self, count: int) -> list[int]:
+        pool = self.pool
+        if count > pool.num_free:
+            if not self.grows:
+                raise CacheError(
+                    f"{count} blocks are needed and {pool.num_free} of {pool.num_blocks} are free: give the cache more "
+                    "with num_blocks=, or run fewer or shorter sequences at once"
+                )
+            pool.grow(pool.num_blocks + max(pool.num_blocks, count))
+        return pool.take(count)
 
     def _written_and_shared(self, rows: Rows, before: I32, new: I32) -> list[tuple[int, int]]:
         """Return (row, entry of its table) of the blocks that this step writes into while somebody else holds them."""

@@ -7,38 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_dispatch.cache import BlockPool
 from attn_dispatch.errors import CacheError
-from attn_dispatch.integrations.blocks import GrowingPool
 from attn_dispatch.integrations.sequences import Sequences
 
 B = 4
 
 
-def test_a_fixed_pool_refuses_all_or_nothing() -> None:
-    pool = GrowingPool(3)
-    assert pool.take(2) == [0, 1]
-    with pytest.raises(CacheError, match="2 blocks are needed and 1 of 3 are free"):
-        pool.take(2)
-    assert pool.in_use == 2
-    assert pool.take(1) == [2]
-
-
 def test_a_growing_pool_keeps_the_blocks_that_are_held() -> None:
-    pool = GrowingPool(2, grows=True)
-    first, second = pool.take(2), pool.take(3)
-    assert pool.num_blocks == 5
-    assert sorted(first + second) == [0, 1, 2, 3, 4]
-    assert pool.in_use == 5
-
-
-@pytest.mark.parametrize("count", [0, -1, True, 1.5])
-def test_a_pool_has_a_whole_number_of_blocks(count: object) -> None:
-    with pytest.raises(CacheError, match="num_blocks"):
-        GrowingPool(count)  # type: ignore[arg-type]
+    sequences = Sequences(B, BlockPool(2), grows=True)
+    rows = sequences.add(2)
+    first = sequences.extend(rows[:1], np.array([8], np.int32)).metadata.block_table
+    second = sequences.extend(rows[1:], np.array([12], np.int32)).metadata.block_table
+    assert sequences.pool.num_blocks == 5
+    assert sorted([*first[0].tolist(), *second[0].tolist()]) == [0, 1, 2, 3, 4]
+    assert sequences.pool.in_use == 5
 
 
 def test_a_step_that_does_not_fit_changes_nothing() -> None:
-    sequences = Sequences(B, GrowingPool(2))
+    sequences = Sequences(B, BlockPool(2))
     rows = sequences.add(2)
     sequences.extend(rows, np.array([4, 3], np.int32))
     with pytest.raises(CacheError, match="1 blocks are needed and 0 of 2 are free"):
@@ -48,7 +35,7 @@ def test_a_step_that_does_not_fit_changes_nothing() -> None:
 
 
 def test_more_tokens_than_there_are_cannot_be_forgotten() -> None:
-    sequences = Sequences(B, GrowingPool(2))
+    sequences = Sequences(B, BlockPool(2))
     rows = sequences.add(1)
     sequences.extend(rows, np.array([3], np.int32))
     with pytest.raises(CacheError, match="4 tokens are to be removed, it has 3"):
@@ -56,7 +43,7 @@ def test_more_tokens_than_there_are_cannot_be_forgotten() -> None:
 
 
 def test_a_row_of_an_ended_sequence_is_used_again() -> None:
-    sequences = Sequences(B, GrowingPool(4))
+    sequences = Sequences(B, BlockPool(4))
     rows = sequences.add(3)
     sequences.extend(rows, np.array([5, 1, 2], np.int32))
     sequences.remove(rows[:1])
@@ -69,7 +56,7 @@ class Model:
     """The same as lists of tokens, each token a number of its own; `memory` is what a cache would hold."""
 
     def __init__(self) -> None:
-        self.sequences = Sequences(B, GrowingPool(1, grows=True))
+        self.sequences = Sequences(B, BlockPool(1), grows=True)
         self.texts: list[list[int]] = []
         self.memory: dict[int, int] = {}
         self.next = 0
