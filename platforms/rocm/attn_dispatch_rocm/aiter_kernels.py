@@ -110,12 +110,14 @@ def _mismatch(folder: Path, name: str) -> str:
 def serving(one: Installed, target: str, spec: AttentionSpec) -> tuple[tuple[str, ...], list[Refusal]]:
     """Return the kernels that compute a spec on a target, the preferred one for any batch first; or none and why not.
 
-    A decode kernel serves some batches only, and so never stands alone.
+    Why not is said of the kernel that is there for such layers. A decode kernel serves some batches only, and so never
+    stands alone.
     """
     no = {name: refusals(one, name, target, spec) for name in (UNIFIED, BATCH)}
     general = [name for name, found in no.items() if not found]
     if not general:
-        return (), min(no.values(), key=len)
+        ahead = spec.kind != "decoder" or not spec.causal
+        return (), no[BATCH if ahead or spec.returns_lse or spec.value_head_size != spec.head_size else UNIFIED]
     decodes = [] if refusals(one, DECODE, target, spec) else [DECODE]
     return (*general, *decodes), []
 
@@ -204,7 +206,7 @@ def _batch(target: str, spec: AttentionSpec) -> list[Refusal]:
     no = _own_type(spec, BATCH)
     for name in ("head_size", "value_head_size"):
         size = getattr(spec, name)
-        if size > 128 or size % 8:
+        if (size > 128 or size % 8) and (name == "head_size" or size != spec.head_size):
             accepts = f"AITER's {BATCH} has heads of at most 128, multiples of 8"
             no.append(Refusal(name, size, accepts, ELSEWHERE))
     if spec.alibi:
