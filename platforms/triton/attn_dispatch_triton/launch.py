@@ -21,7 +21,8 @@ from attn_dispatch.errors import CacheError
 
 from . import kernels
 from .constants import attend_constants, pass_constants, tile_sizes
-from .planning import Work, longest_span, num_splits, split_work, tiles_of
+from .packing import Packed
+from .planning import I32, Work, longest_span, num_splits, split_work, tiles_of
 from .targets import INTERPRETER, Target, target_of
 from .tiles import Tiles, decode_tiles, padded, prefill_tiles
 
@@ -106,7 +107,7 @@ class Step:
     Attributes:
         spec: the layers.
         num_tokens: T.
-        device_index: what launches run in: the tensors' device.
+        packed: everything below, in one buffer.
         slots: i64[rows]; None when nothing is written.
         query_start, kv_lens, key_start: i32[S + 1], i32[S], i32[S + 1].
         table: i32[S, M].
@@ -115,13 +116,18 @@ class Step:
 
     spec: AttentionSpec
     num_tokens: int
-    device: torch.device
+    packed: Packed
     slots: torch.Tensor | None
     query_start: torch.Tensor
     kv_lens: torch.Tensor
     key_start: torch.Tensor
     table: torch.Tensor
     launches: tuple[Launch, ...]
+
+    def renew(self, view: BatchView) -> None:
+        """Bring a batch of the same shape into this step's buffers; what tiles are made of stays as it is."""
+        arrays = [*_of_batch(view, self.table.shape[1]), *self.packed.arrays[4:]]
+        self.packed.renew(arrays, None if self.slots is None else view.pages.slot_mapping)
 
 
 @memoised
@@ -143,8 +149,18 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return context
 
 
-def step_on(spec: AttentionSpec, view: BatchView, device: torch.device, paged: bool) -> Step:
-    """Cut a batch into tiles and bring all that kernels read of it to a device, in one copy."""
+def step_on(
+    spec: AttentionSpec, view: BatchView, device: torch.device, paged: bool, capacity: int | None = None
+) -> Step:
+    """Cut a batch into tiles and bring all that kernels read of it to a device, in one copy.
+
+    Args:
+        spec: the layers.
+        view: the batch.
+        device: where the tensors are.
+        paged: keys are in a cache.
+        capacity: keys that a sequence may have when the step is renewed; None: it is for this batch alone.
+    """
     target, processors = _machine(device)
     decoded, prefilled = split_work(view)
     longest = int(view.query_lens[decoded].max(initial=1)) * spec.group_size
@@ -154,15 +170,18 @@ def step_on(spec: AttentionSpec, view: BatchView, device: torch.device, paged: b
         tiles = decode_tiles(target, *sizes, longest)
         work = tiles_of(decoded, view, spec.group_size, tiles.rows)
         programs = len(work) * spec.num_kv_heads
-        span = longest_span(decoded, view, spec)
+        span = longest_span(decoded, view, spec, capacity)
         parts.append((work, tiles, num_splits(span, tiles.keys, programs, processors)))
     if len(prefilled):
         tiles = prefill_tiles(target, *sizes)
         parts.append((tiles_of(prefilled, view, spec.group_size, tiles.rows), tiles, 1))
-    arrays = [view.query_start_loc, view.kv_lens, view.new_start_loc, view.pages.block_table]
+    width = view.pages.block_table.shape[1] if capacity is None else -(-capacity // spec.block_size)
+    arrays = _of_batch(view, width)
     arrays += [array for work, _, _ in parts for array in (work.sequence, work.row)]
-    writes = paged and spec.writes_kv and view.pages.writes > 0
-    there, slots = _brought(arrays, view.pages.slot_mapping if writes else None, device)
+    # What a renewed step writes is not known: a slot of -1 is not written.
+    writes = paged and spec.writes_kv and (view.pages.writes > 0 or (capacity is not None and view.num_new > 0))
+    packed = Packed(arrays, view.pages.slot_mapping if writes else None, device)
+    there = packed.tensors
     launches = tuple(
         Launch(
             tiles,
@@ -174,33 +193,21 @@ def step_on(spec: AttentionSpec, view: BatchView, device: torch.device, paged: b
         for i, (_, tiles, splits) in enumerate(parts)
     )
     query_start, kv_lens, key_start, table = there[:4]
-    return Step(spec, view.num_tokens, device, slots, query_start, kv_lens, key_start, table, launches)
+    return Step(spec, view.num_tokens, packed, packed.slots, query_start, kv_lens, key_start, table, launches)
+
+
+def _of_batch(view: BatchView, width: int) -> list[I32]:
+    table = view.pages.block_table
+    if table.shape[1] > width:
+        table = table[:, :width]  # longer than any sequence
+    elif table.shape[1] < width:
+        table = np.pad(table, ((0, 0), (0, width - table.shape[1])))
+    return [view.query_start_loc, view.kv_lens, view.new_start_loc, table]
 
 
 def _constants(spec: AttentionSpec, paged: bool) -> dict[str, Any]:
     found = attend_constants(spec, paged, INTERPRETED)
     return {**found, "COMPUTE": _LANGUAGE[found["COMPUTE"]]}
-
-
-def _brought(arrays: list[Any], slots: Any, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Return int32 arrays and the slots on a device, in one copy; each begins at a multiple of 16 bytes."""
-    sizes = [-(-array.size // 4) * 4 for array in arrays]
-    first = 0 if slots is None else -(-2 * slots.size // 4) * 4
-    pinned = device.type != "cpu"
-    with torch.inference_mode(False):
-        host = torch.empty(first + sum(sizes), dtype=torch.int32, pin_memory=pinned)
-        flat = host.numpy()
-        if slots is not None:
-            flat[: 2 * slots.size].view(np.int64)[:] = slots
-        at = first
-        starts = []
-        for array, size in zip(arrays, sizes, strict=True):
-            flat[at : at + array.size] = array.reshape(-1)
-            starts.append(at)
-            at += size
-        there = host.to(device, non_blocking=True) if pinned else host
-        found = [there[s : s + a.size].view(a.shape) for s, a in zip(starts, arrays, strict=True)]
-        return found, None if slots is None else there[: 2 * slots.size].view(torch.int64)
 
 
 def run(

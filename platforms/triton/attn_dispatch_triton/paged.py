@@ -24,8 +24,9 @@ from attn_dispatch import (
     Verdict,
     platform,
 )
-from attn_dispatch.errors import ArrayError
+from attn_dispatch.errors import ArrayError, PlanError
 
+from .planning import fits_into
 from .targets import LARGEST_HEAD
 
 if TYPE_CHECKING:
@@ -54,9 +55,30 @@ class PagedPlan(Plan):
 
     Attributes:
         steps: what is on a device, by (device, whether there is a cache): made when first wanted there.
+        capacity: keys that a sequence of a fixed plan can have at most (None: the plan is for its batch alone).
     """
 
     steps: dict[tuple[Any, bool], Step] = field(default_factory=dict)
+    capacity: int | None = None
+
+    def renew(self, metadata: AttentionMetadata) -> None:
+        """Bring another batch into the buffers of a fixed plan, so that a captured graph computes it when replayed.
+
+        Each sequence has as many new tokens as before; those that are over are padding (length 0, slots of -1). Costs
+        one copy to each device that the plan is on, and no synchronisation.
+
+        Raises:
+            PlanError: the plan is not a fixed one, or the batch does not fit into it. Nothing has been changed.
+        """
+        if self.capacity is None:
+            raise PlanError("only a fixed plan can be renewed: make it with the backend's fixed_plan")
+        if metadata.block_size != self.spec.block_size:
+            raise PlanError(f"the batch has block_size={metadata.block_size}, the plan {self.spec.block_size}")
+        view = metadata.view(self.spec.kind)
+        fits_into(self.view, view, self.capacity)
+        for step in self.steps.values():
+            step.renew(view)
+        self.view, self.highest_block = view, view.pages.highest_block
 
 
 class PagedBackend(Backend):
@@ -128,6 +150,27 @@ class PagedBackend(Backend):
         plan.steps[device, paged] = step_on(spec, plan.view, device, paged)
         return plan
 
+    def fixed_plan(self, spec: AttentionSpec, metadata: AttentionMetadata, max_seq_len: int) -> PagedPlan:
+        """Prepare a step whose buffers stay: captured once in a graph, replayed after `plan.renew(metadata)`.
+
+        Args:
+            spec: the layers; their keys are in a cache.
+            metadata: a batch of the shape that all others will have (padding included).
+            max_seq_len: the most tokens that a sequence will ever have.
+
+        Raises:
+            PlanError: the batch does not fit, or the layer's keys are not in a cache.
+        """
+        from .launch import step_on
+
+        plan = PagedPlan(spec=spec, view=metadata.view(spec.kind), capacity=max_seq_len)
+        if not plan.view.pages.exist:
+            raise PlanError("a fixed plan is for layers with a cache: the keys of this one are the batch's own")
+        fits_into(plan.view, plan.view, max_seq_len)
+        device = _default_device()
+        plan.steps[device, True] = step_on(spec, plan.view, device, True, max_seq_len)
+        return plan
+
     def run(
         self,
         plan: Plan,
@@ -165,7 +208,7 @@ class PagedBackend(Backend):
             raise ArrayError(f"q is on the CPU: {self.name} runs on GPUs (there only with TRITON_INTERPRET=1)")
         step = plan.steps.get((device, store is not None))
         if step is None:
-            step = launch.step_on(plan.spec, plan.view, device, store is not None)
+            step = launch.step_on(plan.spec, plan.view, device, store is not None, plan.capacity)
             plan.steps[device, store is not None] = step
         owned = layer.made((self.name, device), lambda: launch.owned(plan.spec, layer, device))
         return launch.run(step, q, k, v, store, owned, out, return_lse=return_lse)

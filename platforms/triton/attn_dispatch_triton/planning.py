@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from attn_dispatch.contract import AttentionSpec, BatchView
+from attn_dispatch.errors import PlanError
 
-__all__ = ["DECODE_TOKENS", "Work", "longest_span", "num_splits", "split_work", "tiles_of"]
+__all__ = ["DECODE_TOKENS", "Work", "fits_into", "longest_span", "num_splits", "split_work", "tiles_of"]
 
 I32 = npt.NDArray[np.int32]
 
@@ -49,9 +50,18 @@ def tiles_of(sequences: npt.NDArray[np.intp], view: BatchView, group: int, block
     return Work(owner, row.astype(np.int32))
 
 
-def longest_span(sequences: npt.NDArray[np.intp], view: BatchView, spec: AttentionSpec) -> int:
-    """Return the most keys that one of these sequences reads: all that it has, or what its window leaves."""
-    keys = int(view.kv_lens[sequences].max(initial=0))
+def longest_span(
+    sequences: npt.NDArray[np.intp], view: BatchView, spec: AttentionSpec, capacity: int | None = None
+) -> int:
+    """Return the most keys that one of these sequences reads: all that it has, or what its window leaves.
+
+    Args:
+        sequences: of the batch.
+        view: the batch.
+        spec: the layers.
+        capacity: the most keys that any may have later; None: they stay as they are.
+    """
+    keys = int(view.kv_lens[sequences].max(initial=0)) if capacity is None else capacity
     left, right = spec.window
     if left < 0 or not (spec.causal or right >= 0):
         return keys
@@ -69,3 +79,19 @@ def num_splits(span: int, block_keys: int, programs: int, processors: int) -> in
     """
     wanted = -(-2 * processors // max(programs, 1))
     return max(1, min(wanted, span // (2 * block_keys), 128))
+
+
+def fits_into(shape: BatchView, view: BatchView, capacity: int) -> None:
+    """Check that a batch has the shape of another, and no more keys than a plan has room for.
+
+    Raises:
+        PlanError: it does not.
+    """
+    if not np.array_equal(shape.query_start_loc, view.query_start_loc) or shape.num_new != view.num_new:
+        raise PlanError(
+            f"a fixed plan keeps its shape: {shape.num_tokens} query rows in {len(shape.kv_lens)} sequences and "
+            f"{shape.num_new} new keys; this batch has {view.num_tokens} in {len(view.kv_lens)} and {view.num_new}, or "
+            "divides them otherwise"
+        )
+    if view.max_kv_len > capacity:
+        raise PlanError(f"a sequence has {view.max_kv_len} tokens, the plan has room for {capacity}")
