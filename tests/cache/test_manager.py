@@ -66,6 +66,40 @@ def test_prompts_that_start_together_share_from_the_next_step_on() -> None:
     assert run(manager, pair[1]).query_lens.tolist() == [1]
 
 
+def test_prompts_with_a_common_prefix_wait_for_the_first_one() -> None:
+    manager = CacheManager(16, 4)
+    prompts = [[*range(9)], [*range(9), 3], [*range(4), 7, 7, 7], [*range(3)], [*range(8)]]
+    one, two, three, short, full = (manager.begin(prompt) for prompt in prompts)
+    assert manager.apart([one, two, three, short, full]) == [one, short]
+    assert manager.apart([full, one]) == [full]
+    assert manager.apart([short, three, one]) == [short, three]
+    step = manager.step([one, short])
+    assert isinstance(step, Step)
+    assert manager.apart([two, three, full]) == [two]  # what is not committed cannot be used yet
+    manager.commit(step)
+    assert manager.apart([two, three, full]) == [two, three, full]
+    assert [manager.cached_tokens(seq) for seq in (two, three, full)] == [8, 4, 4]
+    other = manager.begin([*range(9)], tenant="another")
+    assert manager.apart([manager.begin([*range(4), 9, 9, 9, 9, 9]), manager.begin([*range(4), 9, 9, 9, 9, 8]), other])[
+        1:
+    ] == [other]
+
+
+def test_what_is_attached_is_not_evicted() -> None:
+    manager = CacheManager(4, 4)
+    first = manager.begin([*range(9)])
+    step = manager.step([first])
+    assert isinstance(step, Step)
+    manager.commit(step)
+    manager.free(first)
+    second = manager.begin([*range(9)])
+    manager.attach(second)
+    assert (second.computed, manager.pool.in_use, manager.pool.num_available) == (8, 2, 2)
+    assert isinstance(manager.step([manager.begin([9] * 12)]), Exhausted)
+    manager.preempt(second)
+    assert isinstance(manager.step([manager.begin([9] * 12)]), Step)
+
+
 def test_tenants_share_nothing() -> None:
     manager = CacheManager(16, 4)
     begun(manager, range(10), tenant="a")

@@ -1,7 +1,6 @@
 """Random lives of many sequences against a model that knows what every slot of every block really holds.
 
-`CACHE_STEPS=10000` makes hypothesis try at least that many operations, and one long history of as many; the default is
-shorter.
+Hypothesis tries at least 10,000 operations, and one long history is of as many; `CACHE_STEPS` asks for another number.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from hypothesis.stateful import (
 
 from attn_dispatch.cache import CacheManager, Exhausted, Sequence, Step
 
-STEPS = int(os.environ.get("CACHE_STEPS", "5000"))
+STEPS = int(os.environ.get("CACHE_STEPS", "10000"))
 
 Slot = tuple[Any, ...]
 """What a slot holds: (tenant, every token up to and with its own). Two slots may stand for each other iff equal."""
@@ -179,6 +178,35 @@ class Lives(RuleBasedStateMachine):
         step = self.world.step([(seq, limit) for seq in chosen])
         if step is not None and run:
             self.world.run(step)
+
+    @rule(number=st.integers(0, 99))
+    def attach(self, number: int) -> None:
+        seq = self.pick(number, ready=True)
+        if seq is not None:
+            found = self.world.manager.cached_tokens(seq)
+            self.world.manager.attach(seq)
+            assert seq.computed == found
+
+    @rule(seed=st.integers(0, 2**16), limit=st.integers(1, 9))
+    def step_apart(self, seed: int, limit: int) -> None:
+        """A step in which nothing is computed twice that could be shared."""
+        manager, size = self.world.manager, self.world.manager.block_size
+        ready = [s for s in self.world.sequences if s.remaining and not (s.pending or s.swapped)]
+        random.Random(seed).shuffle(ready)
+        chosen = manager.apart(ready)
+        assert chosen[:1] == ready[:1]
+        step = self.world.step([(seq, limit) for seq in chosen])
+        if step is None:
+            return
+        begun: set[Slot] = set()
+        for seq in chosen:
+            first = seq.computed // size * size + size  # the end of the block that it goes on with
+            name = (seq.tenant, *seq.tokens[:first].tolist())
+            if manager.prefix_caching and first < seq.length and seq.computed % size == 0:
+                assert name not in begun
+            if first <= seq.length:
+                begun.add(name)
+        self.world.run(step)
 
     @precondition(lambda self: self.world.steps)
     @rule(number=st.integers(0, 9))

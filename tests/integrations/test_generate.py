@@ -88,8 +88,36 @@ def test_json_says_everything(folder: Path, tmp_path: Path) -> None:
     assert cache["blocks"] == 3
     assert cache["tokens"] <= cache["blocks"] * cache["block_size"]
     assert 0 <= cache["waste"] < 1
+    assert 0 <= cache["waste_at_peak"] < 1
+    prefixes = said["prefix_cache"]
+    assert (prefixes["sharing"], prefixes["prompt_tokens"], prefixes["hit_tokens"]) == (True, 17, 0)
     # Two layers, keys and values, 2 heads of 8, float32.
     assert cache["block_bytes"] == 2 * 2 * 2 * 8 * 4 * cache["block_size"]
+
+
+def test_a_shared_prefix(folder: Path, tmp_path: Path) -> None:
+    """Sharing changes what is computed and what is held, and no token."""
+    common = " ".join(f"w{i % 90}" for i in range(7, 7 + 38 * 5, 5))
+    prompts = [f"{common} w{i} w{2 * i}" for i in range(1, 6)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts), encoding="utf-8")
+    options = ["--prompts-file", file, "--model", folder, "--max-new-tokens", 7, "--block-size", 8]
+    options += ["--backend", "reference"]
+    shared = json.loads(run(*options, "--json").stdout)
+    alone = json.loads(run(*options, "--json", "--no-prefix-sharing").stdout)
+    assert shared["token_ids"] == alone["token_ids"] == [expected(folder, prompt, 7) for prompt in prompts]
+    # 2 tokens of the template, 38 common ones, 2 of its own: five full blocks of 8 are common to all.
+    assert shared["timings"]["prefill_tokens"] == 42 + 4 * 2
+    assert alone["timings"]["prefill_tokens"] == 5 * 42
+    prefixes = shared["prefix_cache"]
+    assert (prefixes["hit_tokens"], prefixes["blocks_shared"]) == (4 * 40, 5)
+    assert prefixes["hit_rate"] == pytest.approx(160 / 210)
+    assert prefixes["blocks_unshared"] - shared["kv_cache"]["blocks"] == 4 * 5
+    assert (alone["prefix_cache"]["hit_rate"], alone["prefix_cache"]["blocks_shared"]) == (0, 0)
+    out = " ".join(run(*options, "--stats").stdout.split())
+    assert "hit rate 76.2%: 160 of 210 prompt tokens" in out
+    assert "shared 5 blocks at once" in out
+    assert "waste" in out
 
 
 def test_one_prompt_is_streamed_and_summed_up(folder: Path) -> None:

@@ -89,6 +89,26 @@ def test_packed(loaded: tuple[Any, Any], prompts: list[list[int]], expected: lis
     assert [completion.tokens for completion in run.completions] == expected
 
 
+def test_the_sample_prompts(loaded: tuple[Any, Any]) -> None:
+    """They begin with one account, which is computed once: the same tokens as without, little waste at block 16."""
+    model, tokenizer = loaded
+    lines = (Path(__file__).parents[2] / "examples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    samples = [tokenizer(line)["input_ids"] for line in lines]
+    common = next(i for i, row in enumerate(zip(*samples, strict=False)) if len(set(row)) > 1) // 16 * 16
+    run = Engine(model, backend=BACKEND, block_size=16).generate(samples, NEW)
+    assert run.hit_tokens >= (len(samples) - 1) * common > 0.8 * run.prompt_tokens
+    assert run.prefill_tokens == run.prompt_tokens - run.hit_tokens
+    assert run.blocks_shared >= common // 16
+    assert run.waste < 0.04
+    said = [completion.tokens for completion in run.completions]
+    alone = Engine(model, backend=BACKEND, block_size=16, prefix_sharing=False).generate(samples[:2], NEW)
+    assert [completion.tokens for completion in alone.completions] == said[:2]
+    model.set_attn_implementation("sdpa")
+    own = model.generate(torch.tensor([samples[-1]]), max_new_tokens=NEW, do_sample=False)[0, len(samples[-1]) :]
+    model.set_attn_implementation(NAME)
+    assert own.tolist() == said[-1]
+
+
 def test_left_padded_generate(loaded: tuple[Any, Any], prompts: list[list[int]], expected: list[list[int]]) -> None:
     model, width = loaded[0], max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
