@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HND_SCALED = register_layout(CacheLayout("HND+scales", HND.arrays, per_token_scales=True))
 """The order of HND, with a scale per token and kv head beside the elements."""
 
-MAX_HEAD_SIZE = 512
+MAX_HEAD_SIZE = 576  # what latent attention needs (512 of the latent, 64 rotary)
 _X86_FLAGS = ("avx2", "fma", "f16c")
 _STORED = ("float32", "float16", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 

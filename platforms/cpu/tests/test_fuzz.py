@@ -27,7 +27,7 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
     kind = draw(st.sampled_from(["decoder"] * 6 + ["encoder", "cross"]))
     kv_heads = draw(st.sampled_from([1, 2, 3, 8]))
     dtype = draw(st.sampled_from(["bfloat16", "bfloat16", "float32", "float16"]))
-    head_size = draw(st.integers(8, 160) | st.sampled_from([64, 96, 128, 192, 256, 512]))
+    head_size = draw(st.integers(8, 160) | st.sampled_from([64, 96, 128, 192, 256, 512, 576]))
     causal = kind == "decoder" and draw(st.sampled_from([True, True, True, False]))
     left = draw(st.sampled_from([-1, -1, -1, 0, 1, 3, 7, 31, 32, 33, 100]))
     right = -1 if causal else draw(st.sampled_from([-1, -1, 0, 5]))
