@@ -1,11 +1,11 @@
 """What `openvino/paged` costs per call over OpenVINO's own `infer()` with every tensor bound already.
 
 Paired in one process: short rounds of the bare request, of the adapter (`backend.run`) and of the public door
-(`Attention.run`, which checks the arrays first) alternate. A machine that is shared only ever adds time, so each side
-is represented by its fastest rounds: the mean between the second and the tenth percentile.
+(`Attention.run`, which checks the arrays first) alternate; shown is the median over the rounds of the difference
+between neighbours.
 
 Also shown: the door with the request's `infer()` taken out, which is what is spent in Python and on copying small
-arrays, free of the op's own noise.
+arrays while the processor's caches are warm. (After a real `infer()` they are not: the same lines then cost more.)
 
     python benchmarks/openvino_overhead.py [--json] [--library torch]
 """
@@ -141,16 +141,16 @@ def main() -> None:
     rows = []
     for name, (fields, new, lens) in CASES.items():
         bare, adapter, door, empty = _setup(fields, new, lens, arguments.library)
-        times = [_low(each) for each in measure([bare, adapter, door], arguments.rounds, 10)]
+        bare_us, adapter_us, door_us = measure([bare, adapter, door], arguments.rounds, 10)
         with empty:
-            (hollow,) = measure([door], arguments.rounds, 10)
+            (hollow_us,) = measure([door], arguments.rounds, 10)
         rows.append(
             {
                 "case": name,
-                "infer_us": round(times[0], 1),
-                "adapter_over_us": round(times[1] - times[0], 1),
-                "door_over_us": round(times[2] - times[0], 1),
-                "without_infer_us": round(_low(hollow), 1),
+                "infer_us": round(statistics.median(bare_us), 1),
+                "adapter_over_us": _over(adapter_us, bare_us),
+                "door_over_us": _over(door_us, bare_us),
+                "without_infer_us": round(statistics.median(hollow_us), 1),
             }
         )
     if arguments.json:
@@ -162,9 +162,8 @@ def main() -> None:
         print(f"{row['case']:<52}" + "".join(f"{row[column]:>16} us" for column in columns))
 
 
-def _low(times: list[float]) -> float:
-    ordered = sorted(times)
-    return statistics.mean(ordered[len(ordered) // 50 : max(len(ordered) // 10, 1)])
+def _over(times: list[float], bare: list[float]) -> float:
+    return round(statistics.median(mine - theirs for mine, theirs in zip(times, bare, strict=True)), 1)
 
 
 if __name__ == "__main__":
