@@ -14,8 +14,10 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,7 @@ def collect(names: Iterable[str], features: Sequence[str] = (), times: bool = Tr
         "rows": [row.as_dict() for row in rows],
         "doctor": _json([sys.executable, "-m", "attn_dispatch", "doctor", "--json"]),
         "programs": _json([sys.executable, "-m", "attn_dispatch_rocm.report", "--programs"]),
+        "triton programs": _triton_programs(),
     }
     if times:
         available = [row.backend for row in rows if row.available]
@@ -103,15 +106,30 @@ def _json(command: list[str]) -> Any:
 
 
 def _programs() -> list[dict[str, Any]]:
-    """Return AITER's Triton kernels compiled for this machine's target, where its files were fetched."""
+    """Return AITER's Triton kernels compiled for this machine's targets, by the installed package's files."""
     from . import aiter_triton
     from .interface_cell import resources
     from .machine import Machine
-    from .vendors import unpacked
 
-    folder = unpacked("amd-aiter")
-    targets = [aiter_triton.TARGETS[name] for name in Machine(ad.platform).targets if name in aiter_triton.TARGETS]
-    return [program for target in targets for program in resources(target, folder)] if folder else []
+    here = Machine(ad.platform)
+    targets = [aiter_triton.TARGETS[name] for name in here.targets if name in aiter_triton.TARGETS]
+    return [p for folder in here.locations("aiter")[:1] for target in targets for p in resources(target, folder.parent)]
+
+
+def _triton_programs() -> Any:
+    """Return what triton/paged's own compile cell finds for this machine's targets (None: it is not installed)."""
+    from .machine import Machine
+
+    targets = Machine(ad.platform).targets
+    if find_spec("attn_dispatch_triton") is None or not targets:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "attn_dispatch_triton.compile_cell", "--targets", *targets, "--output", folder]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        files = sorted(Path(folder).glob("*.json"))
+        if not files:
+            return {"error": f"status {done.returncode}: {(done.stdout + done.stderr).strip()[-1000:]}"}
+        return json.loads(files[0].read_text(encoding="utf-8"))
 
 
 def write(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:
