@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_dispatch.errors import CacheError
+
 from .aiter_kernels import BATCH, DECODE, UNIFIED
 from .calls import Call
 
@@ -22,6 +24,7 @@ PARTITION_TOKENS = 256
 TILE_TOKENS = 64
 """Keys that the unified kernel takes at once in a prefill, whatever the page size: it looks up whole tiles."""
 
+_INT32_MAX = 2**31 - 1
 _QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -135,6 +138,16 @@ class BatchPrefill(Call):
     function = BATCH
     spare = 256
     """Two tiles of keys: a tile's slots are looked up before its end is masked."""
+
+    def check(self, step: Step) -> None:
+        """The kernel reckons in 32 bits, and reads others beyond, without a word (ROCm/aiter issues 2517 and 2608)."""
+        spec = step.spec
+        width = spec.num_kv_heads * max(spec.head_size, spec.value_head_size)
+        if step.slots * width > _INT32_MAX:
+            raise CacheError(
+                f"the step reaches slot {step.slots - 1}; AITER's {BATCH} reaches 2^31 elements of keys, here "
+                f"{_INT32_MAX // width} slots. Use a smaller cache, or a layer that its {UNIFIED} computes"
+            )
 
     def arguments(
         self,

@@ -164,8 +164,7 @@ def _unified(target: str, spec: AttentionSpec) -> list[Refusal]:
     if stored != spec.dtype:
         fp8 = stored in ("float8_e4m3fn", "float8_e5m2")
         if not (fp8 and target in _FP8_TARGETS):
-            where = f" on {', '.join(_FP8_TARGETS)} also of fp8" if fp8 else ", or of fp8"
-            accepts = f"AITER's {UNIFIED} reads a cache of the layer's own type, {spec.dtype},{where}"
+            accepts = f"AITER's {UNIFIED} reads a cache of {spec.dtype}, and of fp8 on {' and '.join(_FP8_TARGETS)}"
             no.append(Refusal("kv_cache_dtype", stored, accepts, f"Ask for {spec.dtype}, or {ELSEWHERE[8:]}"))
     if size < 16 or size > _LARGEST_PAGE or size & (size - 1):
         accepts = f"AITER's {UNIFIED} takes a page as a tile: a power of two, 16 to {_LARGEST_PAGE}"

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from attn_dispatch.contract import AttentionSpec, BatchView
-from attn_dispatch.errors import PlanError
 
 __all__ = ["Batch", "Writes", "cut", "token_list", "writes_of"]
 
@@ -133,10 +132,6 @@ def token_list(batch: Batch, spec: AttentionSpec, *, paged: bool, spare: int) ->
         spec: the layers.
         paged: slots are meant; otherwise rows.
         spare: zeros at the end: a kernel may look up a tile's places beyond the last key.
-
-    Raises:
-        PlanError: the kernel, which reckons in 32 bits, cannot reach a key. It would read others without a word
-            (https://github.com/ROCm/aiter/issues/2608).
     """
     total = int(batch.lens.sum())
     out = np.zeros(total + spare, np.int32)
@@ -147,13 +142,8 @@ def token_list(batch: Batch, spec: AttentionSpec, *, paged: bool, spare: int) ->
         return out
     size = spec.block_size
     slots = batch.tables[sequence, position // size].astype(np.int64) * size + position % size
-    width = spec.num_kv_heads * max(spec.head_size, spec.value_head_size)
-    if (highest := int(slots.max(initial=0)) + 1) * width > _INT32_MAX:
-        raise PlanError(
-            f"slot {highest - 1} is beyond what AITER's batch prefill reaches: 2^31 elements of keys, here "
-            f"{_INT32_MAX // width} slots. Use a smaller cache, or a layer that its unified_attention computes"
-        )
-    out[:total] = slots
+    # A number beyond 32 bits is a block that no cache has: the run is refused (`BatchPrefill.check`).
+    out[:total] = np.minimum(slots, _INT32_MAX)
     return out
 
 

@@ -35,6 +35,14 @@ class Call(ABC):
         """Whether the function takes sinks itself."""
         return False
 
+    def check(self, step: Step) -> None:
+        """Refuse what the function would compute wrongly, before anything is written.
+
+        Raises:
+            CacheError: it does not reach what the step needs.
+        """
+        return
+
     @abstractmethod
     def arguments(
         self,

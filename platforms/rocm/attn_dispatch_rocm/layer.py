@@ -72,6 +72,7 @@ def run(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Write the new keys and values, then attend; nothing waits for the device."""
     spec, call = step.spec, step.call
+    call.check(step)
     with torch.no_grad(), on(q.device):
         keys, values = (None if x is None else _rows(x) for x in (k, v))
         if store is not None and keys is not None and values is not None:

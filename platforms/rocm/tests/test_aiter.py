@@ -13,7 +13,7 @@ import torch
 import attn_dispatch as ad
 from attn_dispatch.conformance import CASES
 from attn_dispatch.contract import LayerParameters
-from attn_dispatch.errors import BackendRefusedError
+from attn_dispatch.errors import BackendRefusedError, CacheError
 from attn_dispatch_rocm.aiter import AiterBackend
 from attn_dispatch_rocm.aiter_calls import CALLS
 from attn_dispatch_rocm.aiter_kernels import BATCH, DECODE, FUNCTIONS, UNIFIED, installed
@@ -213,6 +213,22 @@ def test_mha_batch_prefill_is_given() -> None:
     arguments = step.call.arguments(step, torch.zeros(14, 8, 128), rows, rows, mine, torch.empty(0), lse=False)
     assert arguments["k"] is rows
     assert arguments["kv_page_indices"][:14].tolist() == list(range(14))
+
+
+def test_what_the_batch_prefill_cannot_reach_is_refused() -> None:
+    """With 2 key heads of 128, 2^31 elements are 8,388,607 slots; the plan is made, the run is refused."""
+    layer = spec(returns_lse=True)
+    for block, fits in ((131070, True), (131071, False), (2**30, False)):
+        step = step_of(layer, ad.AttentionMetadata.build([1], [1], [[block]], 64))
+        assert step.call.function == BATCH
+        if fits:
+            step.call.check(step)
+        else:
+            with pytest.raises(CacheError, match="here 8388607 slots"):
+                step.call.check(step)
+    step = step_of(spec(), ad.AttentionMetadata.build([1], [1], [[2**30]], 64))
+    assert step.call.function == UNIFIED
+    step.call.check(step)
 
 
 @pytest.mark.interface
