@@ -32,6 +32,7 @@ NOTES = {
 _GPU_CACHES = {"float32": ("float16",), "float16": ("float16",)}
 
 _MIN_HEAD, _MAX_HEAD = 8, 512
+_PACKED_RATIO = 4  # found with a checking malloc: in float32, beyond D = 4 Dv it writes past the end of a buffer
 _OTHER = "Use another backend"
 _NEWER = "Install OpenVINO 2026.3 or newer"
 _NEWER_THAN_2025 = "Install OpenVINO 2026.0 or newer"
@@ -76,6 +77,10 @@ def _types(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refus
         # OpenVINO lists BF16 among its capabilities there too, and then crashes.
         accepts = "this processor has neither avx512_bf16 nor amx_bf16"
         yield Refusal("dtype", "bfloat16", accepts, "Ask for float32")
+    if spec.kv_cache_dtype.startswith("uint") and spec.head_size > _PACKED_RATIO * spec.value_head_size:
+        least = -(-spec.head_size // _PACKED_RATIO)
+        accepts = f"a {spec.kv_cache_dtype} cache with head_size={spec.head_size} needs {least}: the op corrupts memory"
+        yield Refusal("value_head_size", spec.value_head_size, accepts, f"Ask for kv_cache_dtype={spec.dtype}")
     odd = spec.dtype == "bfloat16" or spec.kv_cache_dtype == "uint4"
     for field, size in (("head_size", spec.head_size), ("value_head_size", spec.value_head_size)):
         if not _MIN_HEAD <= size <= _MAX_HEAD:

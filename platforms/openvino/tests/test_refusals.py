@@ -30,6 +30,11 @@ SILENT = {
     "an odd value head size in bfloat16": (
         {"dtype": "bfloat16", "value_head_size": 33}, "value_head_size", "NaN", "float32"),
     "an odd head size in a uint4 cache": ({"kv_cache_dtype": "uint4", "head_size": 33}, "head_size", "NaN", "float32"),
+    # Not wrong but worse: past the end of a buffer of its own, with whatever then happens to the process.
+    "uint8 keys far wider than values": (
+        {"kv_cache_dtype": "uint8", "head_size": 66, "value_head_size": 16}, "value_head_size", "needs 17", "float32"),
+    "uint4 keys far wider than values": (
+        {"kv_cache_dtype": "uint4", "value_head_size": 8}, "value_head_size", "needs 16", "float32"),
     "a head size that was not measured": ({"head_size": 520}, "head_size", "8 to 512", "another backend"),
     "a soft-cap": ({"logits_soft_cap": 30.0}, "logits_soft_cap", "no soft-cap", "another backend"),
     "the log-sum-exp": ({"returns_lse": True}, "returns_lse", "log-sum-exp", "another backend"),
@@ -110,7 +115,7 @@ def test_scales_that_it_would_ignore_are_refused() -> None:
         ad.attention(spec, NAME, k_scale=0.5)
 
 
-@pytest.mark.parametrize(("head_size", "value_head_size"), [(128, 64), (64, 8), (65, 33), (64, 128)])
+@pytest.mark.parametrize(("head_size", "value_head_size"), [(128, 64), (64, 16), (128, 32), (65, 33), (64, 128)])
 def test_uint8_keys_wider_than_values(head_size: int, value_head_size: int) -> None:
     """OpenVINO's own default for u8 keys is wrong in silence for D > Dv; by token, which is always set, is right."""
     spec = make(head_size=head_size, value_head_size=value_head_size, kv_cache_dtype="uint8")
