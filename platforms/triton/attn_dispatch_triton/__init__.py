@@ -10,5 +10,7 @@ kernels       the Triton kernels: prefill over pages, split decode, merge, cache
 elements      what the kernels share: reading stored elements, one tile's pass over its keys
 launch        torch tensors to kernels: a step on a device, writing, attending
 compiling     one kernel compiled ahead of time for one target, and the resources that it takes
+matrix        what is compiled (no vendor)
+bounds        what it may take of a target (no vendor)
 compile_cell  all of them, for every target, as a command: no GPU is needed
 """

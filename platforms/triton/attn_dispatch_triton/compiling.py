@@ -27,7 +27,8 @@ from .tiles import Tiles, decode_tiles, padded, prefill_tiles
 
 __all__ = ["KERNELS", "Compiled", "compile_kernel"]
 
-KERNELS = ("prefill", "decode", "merge", "write")
+KERNELS = ("prefill", "decode", "undivided", "merge", "write")
+"""`undivided`: what decodes whose keys are not split run: `prefill`, with the tiles of `decode`."""
 
 _TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "i8"}
 _INDICES = ("query_start", "kv_lens", "key_start", "block_table", "item_sequence", "item_row")
@@ -41,6 +42,7 @@ class Compiled:
 
     Attributes:
         registers: of one thread (AMD: vector registers, accumulators included).
+        accumulators: how many of them are accumulation registers (AMD's AGPRs).
         spills: instructions that spill (NVIDIA: loads and stores of local memory), or registers spilled (AMD).
         occupancy: warps that one processor holds at once (NVIDIA: of a multiprocessor; AMD: of a SIMD).
         shared_bytes: shared memory, or LDS.
@@ -50,6 +52,7 @@ class Compiled:
     """
 
     registers: int
+    accumulators: int
     spills: int
     occupancy: int
     shared_bytes: int
@@ -58,15 +61,25 @@ class Compiled:
     seconds: float
 
 
-def compile_kernel(name: str, spec: AttentionSpec, target: Target, paged: bool = True) -> Compiled:
+def compile_kernel(
+    name: str, spec: AttentionSpec, target: Target, paged: bool = True, tiles: Tiles | None = None
+) -> Compiled:
     """Compile one of `KERNELS` as a launch for this spec would have it.
+
+    Args:
+        name: the kernel.
+        spec: the layer.
+        target: the GPU.
+        paged: keys are in a cache.
+        tiles: others than a launch would choose.
 
     Raises:
         Exception: whatever Triton, LLVM or ptxas has against it.
     """
-    function = getattr(kernels, name)
-    sizes = tile_sizes(spec, paged)
-    tiles = prefill_tiles(target, *sizes) if name == "prefill" else decode_tiles(target, *sizes, spec.group_size)
+    function = kernels.prefill if name == "undivided" else getattr(kernels, name)
+    if tiles is None:
+        sizes, prefilled = tile_sizes(spec, paged), name == "prefill"
+        tiles = prefill_tiles(target, *sizes) if prefilled else decode_tiles(target, *sizes, spec.group_size)
     constants = _constants(name, spec, tiles, paged)
     signature = {n: "constexpr" if n in constants else _type(n, spec, paged) for n in function.arg_names}
     aligned = spec.head_size % 16 == 0 and spec.value_head_size % 16 == 0
@@ -82,7 +95,7 @@ def compile_kernel(name: str, spec: AttentionSpec, target: Target, paged: bool =
     result = triton.compile(source, target=gpu, options={"num_warps": warps})
     seconds = time.monotonic() - began
     shared = int(result.metadata.shared)
-    found = _cuda(result, target, warps, shared) if target.backend == "cuda" else _amd(result)
+    found = (_cuda if target.backend == "cuda" else _amd)(result, target, warps, shared)
     return Compiled(**found, shared_bytes=shared, seconds=round(seconds, 2))
 
 
@@ -97,7 +110,7 @@ def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool) -> dic
         return {"BLOCK_SIZE": spec.block_size, "WIDTH": width, "ROWS": 16, "BLOCK_WIDTH": padded(width)}
     found = {**attend_constants(spec, paged, False), **pass_constants(spec, tiles)}
     found["COMPUTE"] = language.get(found["COMPUTE"], triton.language.bfloat16)
-    return found | ends if name == "prefill" else found
+    return found if name == "decode" else found | ends
 
 
 def _type(name: str, spec: AttentionSpec, paged: bool) -> str:
@@ -130,6 +143,7 @@ def _cuda(result: Any, target: Target, warps: int, shared: int) -> Mapping[str, 
     blocks = min(by_registers, (target.shared_bytes + 1024) // (shared + 1024), 64 // warps)
     return {
         "registers": each,
+        "accumulators": 0,
         "occupancy": blocks * warps,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "matrix": len(re.findall(r"\b\w*(?:HMMA|GMMA|UTC\w*MMA|QGMMA|IMMA)\b", code)),
@@ -141,15 +155,19 @@ def _said(*command: str | Path) -> str:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 
-def _amd(result: Any) -> Mapping[str, int]:
+def _amd(result: Any, target: Target, warps: int, shared: int) -> Mapping[str, int]:
     text = result.asm["amdgcn"]
     counts = dict(_fields(text))
-    if "vgpr_count" not in counts:
-        raise RuntimeError("the assembly names no registers")
     occupancy = re.search(r";\s*Occupancy:\s*(\d+)", text)
+    if "vgpr_count" not in counts or occupancy is None:
+        raise RuntimeError("the assembly names no registers, or no occupancy")
+    # LLVM's number knows of registers only: LDS is given at launch. A processor has four SIMDs, RDNA's two.
+    groups = target.shared_bytes // shared if shared else 1 << 10
+    by_shared = groups * warps // (4 if target.warp_size == 64 else 2)
     return {
         "registers": counts["vgpr_count"],
-        "occupancy": int(occupancy[1]) if occupancy else 0,
+        "accumulators": counts.get("agpr_count", 0),
+        "occupancy": min(int(occupancy[1]), by_shared),
         "spills": counts.get("vgpr_spill_count", 0),  # scalar ones go to lanes of vector registers, not to memory
         "matrix": len(re.findall(r"^\s*v_(?:mfma|wmma|smfmac|dot)\w*", text, re.MULTILINE)),
         "code_bytes": len(result.asm["hsaco"]),

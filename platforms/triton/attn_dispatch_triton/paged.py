@@ -26,8 +26,9 @@ from attn_dispatch import (
 )
 from attn_dispatch.errors import ArrayError, PlanError
 
+from .constants import compute_type
 from .planning import fits_into
-from .targets import LARGEST_HEAD
+from .targets import LARGEST_EXACT_HEAD, LARGEST_HEAD
 
 if TYPE_CHECKING:
     import torch
@@ -113,9 +114,10 @@ class PagedBackend(Backend):
         if spec.kv_cache_dtype in _WIDE:
             accepts = "a cache of 16 or 32 bits, int8 or fp8"
             found.append(Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, "Ask for one of these"))
+        largest = LARGEST_EXACT_HEAD if "float32" in (spec.dtype, compute_type(spec, True)) else LARGEST_HEAD
         for name in ("head_size", "value_head_size"):
-            if getattr(spec, name) > LARGEST_HEAD:
-                accepts = f"at most {LARGEST_HEAD}: a tile of keys must fit in shared memory"
+            if getattr(spec, name) > largest:
+                accepts = f"at most {largest}: a wider tile fits in no GPU's registers and shared memory"
                 found.append(Refusal(name, getattr(spec, name), accepts, "Ask for torch/sdpa"))
         if found:
             return self.refuse(*found)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["INTERPRETER", "LARGEST_HEAD", "TARGETS", "Target", "target_of"]
+__all__ = ["INTERPRETER", "LARGEST_EXACT_HEAD", "LARGEST_HEAD", "TARGETS", "Target", "target_of"]
 
-LARGEST_HEAD = 512
-"""Beyond it no tile of keys and values fits in 64 KiB beside its queries."""
+LARGEST_HEAD = 1024
+"""Beyond it even the smallest tile spills registers on every GPU, or does not fit (the compile cell shows both)."""
+
+LARGEST_EXACT_HEAD = 512
+"""The same of float32 operands: at 1024 they need 128 KiB of shared memory, and spill."""
 
 
 _KIB = 1024
@@ -36,14 +39,16 @@ class Target:
 
     @property
     def family(self) -> str:
-        """Whose tiles fit: "hopper", "ampere", "cdna" or "rdna".
+        """Whose tiles fit: "hopper", "ampere", "cdna4", "cdna" or "rdna".
 
-        NVIDIA's with 227 KiB and matrix instructions of four warps; NVIDIA's others; AMD's with waves of 64; AMD's with
-        waves of 32. Intel's are taken as the last, the smallest.
+        NVIDIA's with 227 KiB and matrix instructions of four warps; NVIDIA's others; AMD's with waves of 64, and 160 or
+        64 KiB; AMD's with waves of 32. Intel's are taken as the last, the smallest.
         """
         if self.backend == "cuda":
             return "hopper" if self.shared_bytes > 200 * _KIB else "ampere"
-        return "cdna" if self.warp_size == 64 else "rdna"
+        if self.warp_size != 64:
+            return "rdna"
+        return "cdna4" if self.shared_bytes > 64 * _KIB else "cdna"
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .targets import INTERPRETER, Target
 
-__all__ = ["Tiles", "decode_tiles", "padded", "prefill_tiles"]
+__all__ = ["SMALLEST", "Tiles", "decode_tiles", "padded", "prefill_tiles"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Tiles:
     stages: int
 
 
+SMALLEST = Tiles(16, 16, 8, 1)
+
 # By family: the tiles of heads that are up to so many elements wide.
 _PREFILL = {
     "hopper": {
@@ -37,23 +39,48 @@ _PREFILL = {
         128: Tiles(128, 64, 8, 3),
         256: Tiles(128, 32, 8, 2),
         512: Tiles(32, 16, 8, 2),
+        1024: SMALLEST,
     },
-    "ampere": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 32, 8, 3), 256: Tiles(64, 32, 8, 2), 512: Tiles(32, 16, 8, 2)},
-    "cdna": {64: Tiles(128, 64, 8, 1), 128: Tiles(128, 32, 8, 1), 256: Tiles(64, 32, 8, 1), 512: Tiles(32, 16, 8, 1)},
-    "rdna": {64: Tiles(128, 32, 8, 1), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1), 512: Tiles(16, 16, 8, 1)},
+    "ampere": {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 32, 8, 3),
+        256: Tiles(64, 32, 8, 2),
+        512: Tiles(32, 16, 8, 2),
+        1024: SMALLEST,
+    },
+    # Keys of two steps in LDS at once, where there are 160 KiB of it.
+    "cdna4": {
+        64: Tiles(128, 64, 8, 2),
+        128: Tiles(128, 32, 8, 2),
+        256: Tiles(64, 32, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+        1024: SMALLEST,
+    },
+    "cdna": {
+        64: Tiles(128, 64, 8, 1),
+        128: Tiles(128, 32, 8, 1),
+        256: Tiles(64, 32, 8, 1),
+        512: Tiles(32, 16, 8, 1),
+        1024: SMALLEST,
+    },
+    "rdna": {64: Tiles(128, 32, 8, 1), 128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1), 1024: SMALLEST},
 }
+_CDNA_DECODE = {128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1), 512: Tiles(16, 16, 4, 1), 1024: SMALLEST}
+_NVIDIA_DECODE = {128: Tiles(64, 64, 4, 3), 256: Tiles(32, 32, 4, 2), 512: Tiles(16, 16, 4, 2), 1024: SMALLEST}
 _DECODE = {
-    "hopper": {128: Tiles(64, 64, 4, 3), 256: Tiles(32, 32, 4, 2), 512: Tiles(16, 16, 4, 2)},
-    "ampere": {128: Tiles(64, 64, 4, 3), 256: Tiles(32, 32, 4, 2), 512: Tiles(16, 16, 4, 2)},
-    "cdna": {128: Tiles(64, 64, 4, 1), 256: Tiles(32, 32, 4, 1), 512: Tiles(16, 16, 4, 1)},
-    "rdna": {128: Tiles(64, 64, 4, 1), 256: Tiles(16, 16, 8, 1), 512: Tiles(16, 16, 8, 1)},
+    "hopper": _NVIDIA_DECODE,
+    "ampere": _NVIDIA_DECODE,
+    "cdna4": _CDNA_DECODE,
+    "cdna": _CDNA_DECODE,
+    "rdna": {128: Tiles(64, 64, 4, 1), 1024: SMALLEST},
 }
 # float32 operands: twice the size, and no matrix instructions outside of CDNA.
 _EXACT = {
-    "hopper": {64: Tiles(32, 32, 8, 1), 512: Tiles(16, 16, 8, 1)},
-    "ampere": {64: Tiles(32, 32, 8, 1), 512: Tiles(16, 16, 8, 1)},
-    "cdna": {128: Tiles(32, 32, 8, 1), 512: Tiles(16, 16, 8, 1)},
-    "rdna": {512: Tiles(16, 16, 8, 1)},
+    "hopper": {64: Tiles(32, 32, 8, 1), 512: SMALLEST},
+    "ampere": {64: Tiles(32, 32, 8, 1), 512: SMALLEST},
+    "cdna4": {128: Tiles(32, 32, 8, 1), 512: SMALLEST},
+    "cdna": {128: Tiles(32, 32, 8, 1), 512: SMALLEST},
+    "rdna": {512: SMALLEST},
 }
 
 
@@ -77,6 +104,8 @@ def prefill_tiles(target: Target, head_size: int, value_size: int, compute_bytes
     tiles = _widest(_EXACT if compute_bytes == 4 else _PREFILL, target, head_size, value_size)
     if converted and target.family == "ampere" and tiles.rows * tiles.warps > 512:
         return Tiles(64, tiles.keys, 4, tiles.stages)
+    if converted and target.family == "cdna4":
+        return Tiles(tiles.rows, min(tiles.keys, 32), tiles.warps, tiles.stages)
     return tiles
 
 

@@ -14,7 +14,7 @@ import pytest
 import attn_dispatch_triton
 
 DECODE, PREFILL = "decode, D 128 bf16 B 16", "prefill, D 128 bf16 B 16"
-CDNA_TILE, RDNA_TILE = '"cdna": {128: Tiles(64, 64, 4, 1)', "128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)"
+CDNA_TILE, RDNA_TILE = "_CDNA_DECODE = {128: Tiles(64, 64, 4, 1)", "128: Tiles(64, 32, 8, 1), 256: Tiles(32, 16, 8, 1)"
 
 
 def run(folder: Path, edit: tuple[str, str, str] | None, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -51,7 +51,7 @@ def test_it_compiles_and_writes_its_table(tmp_path: Path) -> None:
     ("target", "row", "edit", "words"),
     [
         ("gfx942", DECODE, ("elements.py", "tl.dot(q, keys,", "tl.dot(q, tl.trans(keys),"), "CompilationError"),
-        ("gfx942", DECODE, ("tiles.py", CDNA_TILE, '"cdna": {128: Tiles(64, 512, 8, 1)'), "gfx942 has 65536"),
+        ("gfx942", DECODE, ("tiles.py", CDNA_TILE, "_CDNA_DECODE = {128: Tiles(64, 512, 8, 1)"), "gfx942 has 65536"),
         ("gfx1100", PREFILL, ("tiles.py", RDNA_TILE, RDNA_TILE.replace("64, 32, 8", "128, 64, 4")), "0 are written"),
     ],
     ids=["a product of shapes that do not fit", "more LDS than the target has", "registers spill"],
@@ -68,3 +68,30 @@ def test_what_is_not_there_is_not_a_pass(tmp_path: Path) -> None:
     done = run(tmp_path, None, "--targets", "gfx942", "--output", "", "--only", "no such row")
     assert done.returncode == 1
     assert "no row" in done.stdout
+
+
+def test_a_compiler_that_ends_the_process_is_not_a_pass(tmp_path: Path) -> None:
+    edit = (
+        "compiling.py",
+        "    function = kernels",
+        "    if target.name == 'gfx942':\n        import os; os.abort()\n    function = kernels",
+    )
+    done = run(tmp_path, edit, "--targets", "gfx942,sm_90", "--only", "write, D 128 bf16", "--output", "")
+    assert done.returncode == 1
+    assert "gfx942 all: the compiler ended the process" in done.stdout
+    assert "2 programs for gfx942, sm_90" in done.stdout
+    assert done.stdout.count("not as they must be") == 1
+
+
+def test_a_verdict_that_refuses_what_compiles_is_not_a_pass(tmp_path: Path) -> None:
+    edit = ("targets.py", "LARGEST_HEAD = 1024", "LARGEST_HEAD = 64")
+    done = run(tmp_path, edit, "--targets", "gfx942", "--only", DECODE, "--output", "")
+    assert done.returncode == 1
+    assert "the verdict says no, every target yes" in done.stdout
+
+
+def test_a_verdict_that_accepts_what_does_not_fit_is_not_a_pass(tmp_path: Path) -> None:
+    edit = ("targets.py", "LARGEST_HEAD = 1024", "LARGEST_HEAD = 4096")
+    done = run(tmp_path, edit, "--targets", "sm_86", "--only", "decode, D 2048", "--output", "")
+    assert done.returncode == 1
+    assert "131584 bytes of shared memory, sm_86 has 101376" in done.stdout
