@@ -9,6 +9,9 @@ machine, gpus      what is asked of a machine: GPUs, their compute capability, i
 batch              a batch without what kernels cannot be given; lists of pages (NumPy)
 plans, step        a plan; a batch on a device, brought in one copy, renewed in place for CUDA graphs
 packing, store     several arrays in one copy; a cache's memory, and writing to it
+interface_cell     every call held against the vendors' real packages, as a command: no GPU is needed; doors: where
+                   the vendors' functions would be entered
+vendors            those packages, fetched; signatures: of functions in sources
 compile_cell       FlashInfer's kernels through nvcc, as a command: no GPU is needed
 flash4_cell        FlashAttention 4's kernels through their own compiler, likewise
 """

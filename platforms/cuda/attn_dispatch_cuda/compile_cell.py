@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="9.0a", help="compute capability to build for (9.0a)")
     parser.add_argument("--only", nargs="*", help="of append, decode, prefill")
-    parser.add_argument("--output", help="folder for cuda-compile.json and .md")
+    parser.add_argument("--output", help="folder for cuda-compile.json and .md (docs/evidence)")
     parser.add_argument("--again", action="store_true", help="build what is built already")
     options = parser.parse_args(arguments)
     found = toolkit()
@@ -258,7 +258,7 @@ def _write(folder: Path, found: Toolkit, arch: str, rows: list[dict[str, Any]]) 
         f"# FlashInfer's kernels, compiled for {arch} without a GPU",
         "",
         f"flashinfer-python {versions['flashinfer-python']}, nvcc {found.release}; bfloat16, head size 128. Written by",
-        "`python -m attn_dispatch_cuda.compile_cell --output FOLDER`. Compiled, not run.",
+        "`python -m attn_dispatch_cuda.compile_cell --output docs/evidence`. Compiled, not run.",
         "",
         "| module | MiB | kernels | registers | stack, bytes | static shared, bytes |",
         "|---|---|---|---|---|---|",

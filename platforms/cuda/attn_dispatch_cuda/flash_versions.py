@@ -35,6 +35,9 @@ _ORDER: Mapping[int, tuple[str, ...]] = {
 _HDIMS = (64, 96, 128, 192, 256)
 _ELSEWHERE = "Ask for triton/paged or torch/sdpa"
 
+_FLASH_4 = frozenset({"max_seqlen_q", "max_seqlen_k", "page_table", "num_splits", "return_lse"})
+"""What is passed to FlashAttention 4; flash-attn 2.8.3 installs an early `cute` that does not take all of it."""
+
 
 @dataclass(frozen=True)
 class Installed:
@@ -69,7 +72,7 @@ def installed(machine: Machine) -> list[Installed]:
             found.append(
                 Installed("fa2", "FlashAttention 2", version, folder, module="flash_attn.flash_attn_interface")
             )
-        if (folder / "cute" / "interface.py").exists():
+        if _taken(folder / "cute" / "interface.py", "flash_attn_varlen_func") >= _FLASH_4:
             version = machine.version("flash-attn-4") or machine.version("fa4") or ""
             found.append(Installed("fa4", "FlashAttention 4", version, folder, module="flash_attn.cute"))
     for module, distribution, config in (
@@ -101,11 +104,18 @@ def _built_without(config: Path) -> frozenset[str]:
 
 def _lacks(interface: Path) -> frozenset[str]:
     """Return "VARLEN_LSE" of an interface whose function for keys outside of a cache cannot return the LSE."""
-    for node in ast.parse(interface.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func":
-            names = {argument.arg for argument in node.args.args}
-            return frozenset() if "return_attn_probs" in names else frozenset({"VARLEN_LSE"})
-    return frozenset({"VARLEN_LSE"})
+    has = "return_attn_probs" in _taken(interface, "flash_attn_varlen_func")
+    return frozenset() if has else frozenset({"VARLEN_LSE"})
+
+
+def _taken(file: Path, function: str) -> frozenset[str]:
+    """Return the names of a function's arguments in a source file; none when either is missing."""
+    if not file.exists():
+        return frozenset()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return frozenset(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
+    return frozenset()
 
 
 def choose(

@@ -26,7 +26,7 @@ from .layer import Owned
 from .step import Arrays, Step
 from .store import Store
 
-__all__ = ["InferStep", "Part", "decode_arguments", "parts_of", "prefill_arguments", "ragged_arguments"]
+__all__ = ["InferStep", "Part", "decode_arguments", "forget", "parts_of", "prefill_arguments", "ragged_arguments"]
 
 WORKSPACE_BYTES = 128 << 20
 """What FlashInfer recommends; zeroed, as its first use wants it."""
@@ -300,6 +300,15 @@ def _leased(step: InferStep, key: tuple[Any, ...], part: Part) -> Any:
 def _give_back(key: tuple[Any, ...], wrapper: Any) -> None:
     """Without the lock: this runs whenever a step happens to be collected, also while the lock is held."""
     _free[key].append(wrapper)
+
+
+def forget(device: torch.device) -> None:
+    """Drop a device's workspace and the wrappers that no plan has."""
+    with _lock:
+        _workspaces.pop(device, None)
+        for key, ready in _free.items():
+            if key[0] == device:
+                ready.clear()
 
 
 def _made(step: InferStep, kind: str) -> Any:

@@ -9,8 +9,7 @@ import pytest
 
 from attn_dispatch.hardware import detect
 from attn_dispatch_cuda.machine import Machine
-
-from .vendors import unpacked
+from attn_dispatch_cuda.vendors import beside, unpacked
 
 MakeMachine = Callable[..., Machine]
 
@@ -39,9 +38,10 @@ def machine(tmp_path: Path) -> MakeMachine:
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        found = [real(package) for package in packages]
+        # In one folder, as where pip installs: FlashAttention 4 lies within FlashAttention 2's.
+        found = [beside(tmp_path / "-".join(packages), *map(real, packages))] if packages else []
         platform = detect(root, environ={}, search=["site"])
-        return Machine(platform, [str(root / "site"), *map(str, [*found, *more])])
+        return Machine(platform, [str(root / "site"), *map(str, (*found, *more))])
 
     return make
 
@@ -50,5 +50,5 @@ def real(package: str) -> Path:
     """Return a vendor's unpacked package, or skip."""
     folder = unpacked(package)
     if folder is None:
-        pytest.skip(f"not run: {package} was not fetched (python platforms/cuda/tests/vendors.py)")
+        pytest.skip(f"not run: {package} was not fetched (python -m attn_dispatch_cuda.vendors)")
     return folder

@@ -17,9 +17,9 @@ from attn_dispatch_cuda.flash_attention import FlashAttentionBackend
 from attn_dispatch_cuda.flash_calls import CALLS, FlashStep, VllmFlash3
 from attn_dispatch_cuda.flash_versions import Installed, installed
 from attn_dispatch_cuda.layer import owned
+from attn_dispatch_cuda.signatures import signature
 
 from .conftest import MakeMachine, real
-from .signatures import signature
 
 # A decode, a prompt, a chunk, padding, and a sequence that waits.
 BATCH = ad.AttentionMetadata.build(
@@ -94,6 +94,15 @@ def test_the_fastest_that_fits_is_chosen(machine: MakeMachine) -> None:
     both = (FA2, FA4)
     assert "FlashAttention 4" in FlashAttentionBackend("x/y", machine(H200, packages=both)).verdict(spec()).note
     assert "FlashAttention 2 " in FlashAttentionBackend("x/y", machine(RTX, packages=both)).verdict(spec()).note
+
+
+def test_the_early_flash_attention_4_in_flash_attns_own_package_is_not_taken_for_one(machine: MakeMachine) -> None:
+    """flash-attn 2.8.3 installs `flash_attn.cute`, whose functions do not take what 4 is given."""
+    there = machine(H200, packages=(FA2,))
+    assert (there.locations("flash_attn")[0] / "cute" / "interface.py").exists()
+    assert [one.kind for one in installed(there)] == ["fa2"]
+    for packages in ((FA2, FA4), (FA4,)):
+        assert "fa4" in [one.kind for one in installed(machine(H200, packages=packages))]
 
 
 def test_gpus_of_two_kinds_must_both_be_served(machine: MakeMachine) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+from functools import cache
 from pathlib import Path
 
+__all__ = ["signature"]
 
+
+@cache
 def signature(file: Path, name: str, within: str | None = None) -> inspect.Signature:
     """Return the signature of a function of a source file, or of a method of a class in it."""
     body = ast.parse(file.read_text()).body

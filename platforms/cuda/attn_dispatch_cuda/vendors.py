@@ -1,4 +1,4 @@
-"""The vendors' real packages, as files: fetched once by `python platforms/cuda/tests/vendors.py`, read by the tests.
+"""The vendors' real packages, as files to compare with: `python -m attn_dispatch_cuda.vendors` fetches them once.
 
 None of these is installed: FlashAttention 2 would take hours to compile, 3 and 4 need a GPU's libraries to be imported,
 and FlashAttention 4 without 2 keeps xFormers from being imported. Their sources say what their functions take.
@@ -7,12 +7,15 @@ and FlashAttention 4 without 2 keeps xFormers from being imported. Their sources
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+
+__all__ = ["PACKAGES", "beside", "fetch", "folder", "unpacked"]
 
 PACKAGES = {
     "flash-attn": ("flash-attn==2.8.3.post2", ("--no-binary", ":all:", "--no-build-isolation")),
@@ -61,6 +64,24 @@ def fetch(name: str) -> Path:
         if not final.exists():
             inside.rename(final)
     return final
+
+
+def beside(site: Path, *packages: Path) -> Path:
+    """Install unpacked packages into one folder, as pip does: `flash_attn` is both FlashAttention 2's and 4's.
+
+    Args:
+        site: the folder, made of links.
+        packages: the folders of their files; a later one's files replace an earlier one's.
+    """
+
+    def link(source: str, target: str) -> str:
+        Path(target).unlink(missing_ok=True)
+        Path(target).symlink_to(source)
+        return target
+
+    for package in packages:
+        shutil.copytree(package, site, copy_function=link, dirs_exist_ok=True)
+    return site
 
 
 if __name__ == "__main__":
