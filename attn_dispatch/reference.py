@@ -117,7 +117,8 @@ def attend(spec: AttentionSpec, q: F64, key: F64, value: F64, layer: LayerParame
     """
     num_queries, num_keys = len(q), len(key)
     key, value = (np.repeat(x, spec.group_size, axis=1) for x in (key, value))
-    scores = np.einsum("nhd,mhd->hnm", q, key) * spec.scale  # clause 4: scale,
+    # Not `np.einsum`: where a sequence has no key, it reads strides that it never set (numpy#24209), and may give NaN.
+    scores = (q.transpose(1, 0, 2) @ key.transpose(1, 2, 0)) * spec.scale  # [H, n, m]; clause 4: scale,
     if spec.logits_soft_cap is not None:  # soft-cap,
         scores = spec.logits_soft_cap * np.tanh(scores / spec.logits_soft_cap)
     # Clause 3: the last query sits at the last key.
@@ -135,10 +136,10 @@ def attend(spec: AttentionSpec, q: F64, key: F64, value: F64, layer: LayerParame
     if layer.sinks is not None:
         total = total + np.exp(layer.sinks.astype(np.float64)[:, None, None] - peak)
     # Clause 5: such a row gives 0, and its LSE is -inf (its sink, if it has one: the sum of what it attends to).
-    out = np.einsum("hnm,mhd->nhd", weights / np.where(total == 0, 1.0, total), value)
+    out = (weights / np.where(total == 0, 1.0, total)) @ value.transpose(1, 0, 2)
     with np.errstate(divide="ignore"):
         lse = np.log(total) + peak
-    return out, lse[:, :, 0].T
+    return out.transpose(1, 0, 2), lse[:, :, 0].T
 
 
 def visible(spec: AttentionSpec, query_at: npt.NDArray[np.int_], key_at: npt.NDArray[np.int_]) -> npt.NDArray[np.bool_]:

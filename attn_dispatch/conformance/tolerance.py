@@ -41,7 +41,8 @@ def attend_rounded(
         return x.astype(dtype).astype(wide)
 
     key, value = (np.repeat(rounded(x), spec.group_size, axis=1) for x in (key, value))
-    scores = rounded(rounded(np.einsum("nhd,mhd->hnm", rounded(q), key)) * wide(spec.scale))
+    # Not `np.einsum`: where a sequence has no key, it reads strides that it never set (numpy#24209), and may give NaN.
+    scores = rounded(rounded(rounded(q).transpose(1, 0, 2) @ key.transpose(1, 2, 0)) * wide(spec.scale))
     if spec.logits_soft_cap is not None:
         cap = wide(spec.logits_soft_cap)
         scores = rounded(cap * rounded(np.tanh(rounded(scores / cap))))
@@ -61,7 +62,8 @@ def attend_rounded(
     shares = rounded(weights / np.where(total == 0, wide(1), total))[:, :, : len(key)]
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + peak)[:, :, 0].T
-    return rounded(np.einsum("hnm,mhd->nhd", shares, value)).astype(np.float64), lse.astype(np.float64)
+    out = rounded(shares @ value.transpose(1, 0, 2)).transpose(1, 0, 2)
+    return out.astype(np.float64), lse.astype(np.float64)
 
 
 def within(found: Floats, exact: Floats, rounded: Floats, floor: float) -> tuple[bool, float, float]:
