@@ -2,10 +2,10 @@
 
     python -m attn_dispatch_cuda.compile_cell [--arch 9.0a] [--output FOLDER] [--again]
 
-Builds the modules behind `cuda/flashinfer` (decode, prefill by the fa2 kernels, append) with FlashInfer's own build
-files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0: every module was built and
-has kernels; 1: something failed. What was built is kept under the hash of the versions that it was built from. The
-compiler is that of the wheels (nvidia-cuda-nvcc and its parts), else the one of CUDA_HOME.
+Builds the modules behind `cuda/flashinfer` (append, decode, prefill by the fa2 kernels, BatchAttention) with
+FlashInfer's own build files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0: every
+module was built and has kernels; 1: something failed. What was built is kept under the hash of the versions that it
+was built from. The compiler is that of the wheels (nvidia-cuda-nvcc and its parts), else the one of CUDA_HOME.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def modules() -> Mapping[str, Callable[[], Any]]:
     """Return makers of FlashInfer's build specifications, by what this package calls them for."""
     import torch
     from flashinfer.jit import gen_batch_decode_module, gen_batch_prefill_module
+    from flashinfer.jit.attention.modules import _gen_batch_attention_primary_module
     from flashinfer.jit.page import gen_page_module
 
     bf16 = torch.bfloat16
@@ -144,6 +145,9 @@ def modules() -> Mapping[str, Callable[[], Any]]:
         "append": gen_page_module,
         "decode": lambda: gen_batch_decode_module(*types),
         "prefill": lambda: gen_batch_prefill_module("fa2", *types, False),
+        # As BatchAttention.plan builds it: keys and values in equal strides, no position encoding, no soft-cap, no
+        # profiler. The public function builds kernels for other strides with them.
+        "batch-attention": lambda: _gen_batch_attention_primary_module(*types[:7], False, False),
     }
 
 
@@ -192,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Build, report, and say by the exit status whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="9.0a", help="compute capability to build for (9.0a)")
-    parser.add_argument("--only", nargs="*", help="of append, decode, prefill")
+    parser.add_argument("--only", nargs="*", help="of append, decode, prefill, batch-attention")
     parser.add_argument("--output", help="folder for cuda-compile.json and .md (docs/evidence)")
     parser.add_argument("--again", action="store_true", help="build what is built already")
     options = parser.parse_args(arguments)
@@ -213,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             library, seconds = build(name, make(), options.again)
             kernels = kernels_in(library, found.cuobjdump) if found.cuobjdump else []
         except Exception as error:  # whatever the compiler says is the result of the cell
-            print(f"{name:<8} FAILED\n{str(error)[-4000:]}")
+            print(f"{name:<15} FAILED\n{str(error)[-4000:]}")
             failed = True
             continue
         row = _row(name, library, seconds, kernels)
@@ -246,7 +250,7 @@ def _line(row: Mapping[str, Any]) -> str:
     size = f"{row['library_bytes'] / 2**20:6.1f} MiB  {row['kernels']:4} kernels"
     stack = f"stack up to {row['stack_bytes']} B (in {row['with_stack']})"
     shared = f"static shared up to {row['shared_bytes']} B"
-    return f"{row['module']:<8} {size}  {low}-{high} registers  {stack}  {shared}  {took}"
+    return f"{row['module']:<15} {size}  {low}-{high} registers  {stack}  {shared}  {took}"
 
 
 def _write(folder: Path, found: Toolkit, arch: str, rows: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ installed packages, which import without a GPU.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,14 +22,28 @@ from .signatures import signature
 __all__ = ["Doors", "FlashDoor", "flashinfer_doors", "xformers_doors"]
 
 
+_FLASHINFER = (
+    "BatchAttention",
+    "BatchDecodeWithPagedKVCacheWrapper",
+    "BatchPrefillWithPagedKVCacheWrapper",
+    "BatchPrefillWithRaggedKVCacheWrapper",
+    "append_paged_kv_cache",
+)
+
+
 class Doors:
     """Where a vendor's functions would be entered: what they are given is held against their signatures, and counted.
 
     Nothing is computed behind them: they return zeros in the shapes that the vendor returns.
+
+    Attributes:
+        entered: calls.
+        planned: batches, by the class of what planned them.
     """
 
     def __init__(self) -> None:
         self.entered = 0
+        self.planned: Counter[str] = Counter()
 
     def hold(self, vendor: inspect.Signature, *given: Any, **named: Any) -> dict[str, Any]:
         """Bind arguments and look at the arrays among them; return them by name.
@@ -81,9 +96,9 @@ class FlashDoor(Doors):
 @contextmanager
 def flashinfer_doors() -> Iterator[Doors]:
     """Put doors in the place of FlashInfer's wrappers and functions."""
-    steps: Any = import_module(".flashinfer_step", __package__)
+    wrappers: Any = import_module(".flashinfer_wrappers", __package__)
+    vendor = wrappers.flashinfer
     doors = Doors()
-    vendor = steps.flashinfer
 
     def door(kind: type[Any]) -> type[Any]:
         class Door:
@@ -94,6 +109,7 @@ def flashinfer_doors() -> Iterator[Doors]:
                 # The decode wrapper's own `plan` takes anything and hands it on.
                 function = getattr(kind, "_plan_impl", kind.plan)
                 doors.hold(inspect.signature(function), self, *given, **named)
+                doors.planned[kind.__name__] += 1
 
             def run(self, *given: Any, **named: Any) -> None:
                 found = doors.hold(inspect.signature(kind.run), self, *given, **named)
@@ -103,21 +119,21 @@ def flashinfer_doors() -> Iterator[Doors]:
 
         return Door
 
-    def append(*given: Any, **named: Any) -> None:
-        doors.hold(inspect.signature(vendor.append_paged_kv_cache), *given, **named)
+    def function(real: Callable[..., Any]) -> Callable[..., None]:
+        def entered(*given: Any, **named: Any) -> None:
+            doors.hold(inspect.signature(real), *given, **named)
 
-    wrappers = (
-        "BatchDecodeWithPagedKVCacheWrapper",
-        "BatchPrefillWithPagedKVCacheWrapper",
-        "BatchPrefillWithRaggedKVCacheWrapper",
-    )
-    named = {name: door(getattr(vendor, name)) for name in wrappers}
-    steps.flashinfer = SimpleNamespace(**named, append_paged_kv_cache=append)
+        return entered
+
+    behind = {name: getattr(vendor, name) for name in _FLASHINFER}
+    for name, real in behind.items():
+        setattr(vendor, name, door(real) if inspect.isclass(real) else function(real))
     try:
         yield doors
     finally:
-        steps.flashinfer = vendor
-        steps.forget(torch.device("cpu"))
+        for name, real in behind.items():
+            setattr(vendor, name, real)
+        wrappers.forget(torch.device("cpu"))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`cuda/flashinfer`: FlashInfer's decode and prefill wrappers, planned in our plan and run in our run.
+"""`cuda/flashinfer`: FlashInfer's wrappers, planned in our plan and run in our run.
 
 Loading this imports no vendor. Written against flashinfer-python 0.7.2.post1 (its Python, its kernels' sources, which
 the compile cell builds); never run on a GPU here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from attn_dispatch.backend import Availability, Refusal, Verdict
 from attn_dispatch.contract import AttentionSpec, CacheLayout, layout_named
 from attn_dispatch.errors import EnvironmentVariableError
 
-from .gpus import written
+from .gpus import Capability, written
 from .machine import Machine
 from .paged import PagedCudaBackend, plain_refusals
 from .plans import CudaPlan
@@ -27,13 +28,29 @@ if TYPE_CHECKING:
     from .layer import Owned
     from .store import Store
 
-__all__ = ["KERNELS_VARIABLE", "LAYOUT_VARIABLE", "FlashInferBackend", "decode_kernel", "kernels"]
+__all__ = [
+    "KERNELS_VARIABLE",
+    "LAYOUT_VARIABLE",
+    "MIXED",
+    "MIXED_VARIABLE",
+    "FlashInferBackend",
+    "against_one_kernel",
+    "decode_kernel",
+    "kernels",
+]
 
 KERNELS_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER"
 """`auto`, `fa2` or `fa3`: FlashInfer's prefill kernels. fa3 (Hopper) takes nvcc minutes where no wheel has it built."""
 
 LAYOUT_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER_LAYOUT"
 """`NHD` (default: shared with FlashAttention) or `HND`."""
+
+MIXED_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER_MIXED"
+"""Who computes a batch of decodes and prompts: see `MIXED`."""
+
+MIXED = ("two-wrappers", "batch-attention")
+"""By default decodes by one wrapper and the rest by another; or all by FlashInfer's one persistent kernel, in layers
+that it computes (`against_one_kernel`). Which is faster was not measured by this project."""
 
 UNTRIED = "by the vendor's sources and signatures; never run on a GPU by this project"
 
@@ -43,7 +60,10 @@ _INSTALL = "pip install flashinfer-python, with nvcc and ninja to build its kern
 
 
 class FlashInferBackend(PagedCudaBackend):
-    """Decodes by the decode wrapper, everything else by the prefill wrapper; lists of pages instead of block tables."""
+    """Decodes by the decode wrapper, everything else by the prefill wrapper; lists of pages instead of block tables.
+
+    Where `ATTN_DISPATCH_CUDA_FLASHINFER_MIXED=batch-attention`, batches of both by `BatchAttention`.
+    """
 
     def probe(self) -> Availability:
         """A GPU, torch's CUDA build, FlashInfer, and its kernels or a compiler for them."""
@@ -84,7 +104,14 @@ class FlashInferBackend(PagedCudaBackend):
         if spec.window[1] > 0:
             accepts = "FlashInfer closes the right side of a window at the query itself, or not at all"
             no.append(Refusal("window", spec.window, accepts, "Ask for cuda/flash-attention"))
-        return self.refuse(*no) if no else self.accept(UNTRIED)
+        return self.refuse(*no) if no else self.accept(f"{UNTRIED}{self._mixed_note(spec)}")
+
+    def _mixed_note(self, spec: AttentionSpec) -> str:
+        """Return what becomes of the user's wish for BatchAttention."""
+        if _chosen(MIXED_VARIABLE, MIXED) != "batch-attention":
+            return ""
+        against = against_one_kernel(spec, self.machine.capabilities)
+        return f"; mixed batches by two wrappers: {against}" if against else "; mixed batches by BatchAttention"
 
     def layout(self, spec: AttentionSpec) -> CacheLayout:
         """By the variable: FlashInfer reads both.
@@ -100,6 +127,7 @@ class FlashInferBackend(PagedCudaBackend):
         """Plan FlashInfer's wrappers."""
         from .flashinfer_step import InferStep
 
+        wanted = _chosen(MIXED_VARIABLE, MIXED) == "batch-attention"
         return InferStep(
             spec,
             plan.view,
@@ -108,6 +136,7 @@ class FlashInferBackend(PagedCudaBackend):
             capacity=capacity,
             layout=self.layout(spec).name,
             kernels=_chosen(KERNELS_VARIABLE, ("auto", "fa2", "fa3")),
+            one_kernel=wanted and not against_one_kernel(spec, self.machine.capabilities),
         )
 
     def attend(
@@ -126,6 +155,25 @@ class FlashInferBackend(PagedCudaBackend):
         pair = (k, v) if store is None else (store.key, store.value)
         result: tuple[torch.Tensor, torch.Tensor | None] = step.run(q, pair, owned, out, wants_lse=wants_lse)
         return result
+
+
+def against_one_kernel(spec: AttentionSpec, capabilities: Sequence[Capability]) -> str:
+    """Return why `BatchAttention` does not compute a layer's mixed batches here; empty when it does.
+
+    Its `plan` takes no window, FlashInfer's own tests have it read caches of 16 bits alone, and an encoder's keys are
+    in no pages. It launches two blocks per processor (one for head size 256) cooperatively, without asking whether they
+    fit: 136 KiB of shared memory for head sizes 128 and 256, where sm_86, sm_89 and sm_12x have 100.
+    """
+    if spec.kind == "encoder":
+        return "BatchAttention reads pages"
+    if spec.window[0] >= 0:
+        return "BatchAttention has no windows"
+    if spec.kv_cache_dtype != spec.dtype:
+        return f"BatchAttention is tried by its authors on a cache of the layer's own type ({spec.dtype})"
+    small = [written(one) for one in capabilities if one[0] not in (9, 10, 11) and one not in ((8, 0), (8, 7))]
+    if small:
+        return f"BatchAttention's blocks do not fit {small[0]}'s shared memory"
+    return ""
 
 
 def decode_kernel(group_size: int) -> bool:

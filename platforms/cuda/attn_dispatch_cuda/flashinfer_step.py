@@ -1,17 +1,12 @@
-"""FlashInfer's wrappers: leased, planned with a batch's lists of pages, and run layer by layer.
-
-A wrapper owns memory (8 MB on the device, 8 MB pinned) and one plan. Plans of ours lease wrappers and give them back
-when they are gone. The float workspace is one per device: a device's layers run one after the other, on one stream.
-"""
+"""A batch for FlashInfer: cut into parts, each planned by a wrapper with its lists of pages, and run layer by layer."""
 
 from __future__ import annotations
 
 import math
 import threading
-import weakref
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import flashinfer
 import numpy as np
@@ -21,17 +16,25 @@ from attn_dispatch.contract import AttentionSpec, BatchView
 from attn_dispatch.contract.dtypes import is_quantised
 
 from .batch import Batch, Csr, page_lists, part_of
-from .flashinfer import decode_kernel
+from .flashinfer_wrappers import Making, fixed, leased, mark
 from .layer import Owned
 from .step import Arrays, Step
 from .store import Store
 
-__all__ = ["InferStep", "Part", "decode_arguments", "forget", "parts_of", "prefill_arguments", "ragged_arguments"]
-
-WORKSPACE_BYTES = 128 << 20
-"""What FlashInfer recommends; zeroed, as its first use wants it."""
+__all__ = [
+    "InferStep",
+    "Part",
+    "decode_arguments",
+    "mixed_arguments",
+    "parts_of",
+    "prefill_arguments",
+    "ragged_arguments",
+]
 
 _LN2 = math.log(2.0)
+
+_running = threading.Lock()
+"""Two threads' kernels on one stream must not come between each other: they share a workspace."""
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,40 @@ class Part:
     """Neighbouring sequences for one wrapper.
 
     Attributes:
-        decode: each has one query.
+        kind: "decode": each has one query; "prefill": any; "mixed": both, for `BatchAttention`.
         sequences: first and last + 1.
         rows: first and last + 1 of q.
     """
 
-    decode: bool
+    kind: Literal["decode", "prefill", "mixed"]
     sequences: tuple[int, int]
     rows: tuple[int, int]
 
 
-def parts_of(batch: Batch, *, fixed: bool) -> list[Part]:
-    """Cut a batch into decodes and the rest, where each is one run of neighbours; else it is one of the rest."""
+def parts_of(batch: Batch, *, fixed: bool, one_kernel: bool = False) -> list[Part]:
+    """Cut a batch into decodes and the rest, where each is one run of neighbours; else it is one of the rest.
+
+    Args:
+        batch: the sequences.
+        fixed: of a fixed plan, whose parts have to stay what they are: one.
+        one_kernel: a batch with both is one part, mixed (not of a fixed plan: FlashInfer does not say that
+            BatchAttention can be captured).
+    """
     count, rows = batch.num_seqs, batch.num_tokens
     if not count:
         return []
     single = np.diff(batch.query_start) == 1
     changes = np.flatnonzero(np.diff(single)) + 1
+    if len(changes) and one_kernel and not fixed:
+        return [Part("mixed", (0, count), (0, rows))]
     if len(changes) > 1 or (fixed and len(changes)):
-        return [Part(False, (0, count), (0, rows))]
+        return [Part("prefill", (0, count), (0, rows))]
     bounds = [0, *changes.tolist(), count]
     starts = batch.query_start
-    return [Part(bool(single[a]), (a, b), (int(starts[a]), int(starts[b]))) for a, b in pairwise(bounds)]
+    return [
+        Part("decode" if single[a] else "prefill", (a, b), (int(starts[a]), int(starts[b])))
+        for a, b in pairwise(bounds)
+    ]
 
 
 def _window(spec: AttentionSpec) -> tuple[bool, int]:
@@ -99,6 +114,20 @@ def prefill_arguments(
     }
 
 
+def mixed_arguments(
+    spec: AttentionSpec, query_start: torch.Tensor, lens: torch.Tensor, csr: dict[str, torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `BatchAttention.plan` is given; it takes no window, and lengths instead of the last pages'."""
+    heads = (spec.num_heads, spec.num_kv_heads, spec.head_size, spec.value_head_size, spec.block_size)
+    return (query_start, csr["indptr"], csr["indices"], lens, *heads), {
+        "causal": _window(spec)[0],
+        "sm_scale": spec.scale,
+        "logits_soft_cap": spec.logits_soft_cap or 0.0,
+        "q_data_type": getattr(torch, spec.dtype),
+        "kv_data_type": getattr(torch, spec.kv_cache_dtype),
+    }
+
+
 def ragged_arguments(
     spec: AttentionSpec, query_start: torch.Tensor, key_start: torch.Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -123,10 +152,12 @@ class InferStep(Step):
         capacity: int | None,
         layout: str,
         kernels: str,
+        one_kernel: bool = False,
     ) -> None:
         self._csr = Csr(*(np.zeros(0, np.int32) for _ in range(3)))
         self.layout = layout
         self.kernels = kernels
+        self.one_kernel = one_kernel and paged
         self._planned: list[tuple[Part, Any]] = []
         super().__init__(spec, view, device, paged=paged, capacity=capacity)
 
@@ -176,18 +207,17 @@ class InferStep(Step):
     def bind(self, tensors: dict[str, torch.Tensor]) -> None:
         """Lease wrappers and plan them."""
         self._tensors = tensors
-        for part in parts_of(self.batch, fixed=self.fixed):
-            wrapper = self._fixed_wrapper(part) if self.fixed else _leased(self, self._key(part), part)
+        room = self.batch.tables.size
+        for part in parts_of(self.batch, fixed=self.fixed, one_kernel=self.one_kernel):
+            kind = part.kind if self.paged else "ragged"
+            made = Making(kind, self.device, self.spec, self.layout, self.kernels)
+            wrapper = fixed(made, self.batch.num_seqs, room) if self.fixed else leased(made, self)
             self._planned.append((part, wrapper))
         self._plan()
 
     def rebound(self) -> None:
         """Plan the same wrappers anew: FlashInfer copies into the buffers that were captured."""
         self._plan()
-
-    def _key(self, part: Part) -> tuple[Any, ...]:
-        kind = "ragged" if not self.paged else "decode" if part.decode else "prefill"
-        return (self.device, kind, self.spec, self.layout, self.kernels)
 
     def _plan(self) -> None:
         for part, wrapper in self._planned:
@@ -203,41 +233,14 @@ class InferStep(Step):
                     "indices": self._tensors["indices"][int(indptr[0]) : int(indptr[-1])],
                     "last_page_len": torch.from_numpy(self._csr.last_page_len[first:last]),
                 }
-                given = decode_arguments(self.spec, lists)
-                if not part.decode:
+                if part.kind == "decode":
+                    given = decode_arguments(self.spec, lists)
+                elif part.kind == "prefill":
                     given = prefill_arguments(self.spec, queries, lists)
+                else:
+                    given = mixed_arguments(self.spec, queries, torch.from_numpy(some.lens), lists)
             wrapper.plan(*given[0], **given[1])
-            _mark(self.device, wrapper)
-
-    def _fixed_wrapper(self, part: Part) -> Any:
-        """Return a wrapper whose buffers stay; it is not given back."""
-        count, room = self.batch.num_seqs, self.batch.tables.size
-
-        def zeros(size: int) -> torch.Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=self.device)
-
-        work = workspace(self.device)
-        if part.decode:
-            return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                work,
-                self.layout,
-                use_cuda_graph=True,
-                use_tensor_cores=decode_kernel(self.spec.group_size),
-                paged_kv_indptr_buffer=zeros(count + 1),
-                paged_kv_indices_buffer=zeros(room),
-                paged_kv_last_page_len_buffer=zeros(count),
-                backend="fa2",
-            )
-        return flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            work,
-            self.layout,
-            use_cuda_graph=True,
-            qo_indptr_buf=zeros(count + 1),
-            paged_kv_indptr_buf=zeros(count + 1),
-            paged_kv_indices_buf=zeros(room),
-            paged_kv_last_page_len_buf=zeros(count),
-            backend="fa2" if is_quantised(self.spec.kv_cache_dtype) else self.kernels,
-        )
+            mark(self.device, wrapper)
 
     def run(
         self,
@@ -253,85 +256,19 @@ class InferStep(Step):
         if out is None:
             out = q.new_empty((q.shape[0], spec.num_heads, spec.value_head_size))
         lse = q.new_empty((q.shape[0], spec.num_heads), dtype=torch.float32) if wants_lse else None
-        scales = {}
+        scales: dict[str, float] = {}
         if self.paged and is_quantised(spec.kv_cache_dtype):
             scales = {"k_scale": owned.k_scale, "v_scale": owned.v_scale}
         with _running:
             for part, wrapper in self._planned:
                 rows = slice(*part.rows)
-                given = {"out": out[rows], "lse": None if lse is None else lse[rows], "return_lse": wants_lse, **scales}
+                given = {"out": out[rows], "lse": None if lse is None else lse[rows], **scales}
+                if part.kind == "mixed":
+                    wrapper.run(q[rows], pair, **given, logits_soft_cap=spec.logits_soft_cap or 0.0)
+                    continue
+                given["return_lse"] = wants_lse
                 if self.paged:
                     wrapper.run(q[rows], pair, **given)
                 else:
                     wrapper.run(q[rows], *pair, **given)
         return out, None if lse is None else lse.mul_(_LN2)
-
-
-_running = threading.Lock()
-"""Two threads' kernels on one stream must not come between each other: they share a workspace."""
-_lock = threading.Lock()
-_workspaces: dict[torch.device, torch.Tensor] = {}
-_free: dict[tuple[Any, ...], list[Any]] = {}
-_planned_at: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def workspace(device: torch.device) -> torch.Tensor:
-    """Return the device's workspace, made once."""
-    with _lock:
-        found = _workspaces.get(device)
-        if found is None:
-            with torch.inference_mode(False):
-                found = _workspaces[device] = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    return found
-
-
-def _leased(step: InferStep, key: tuple[Any, ...], part: Part) -> Any:
-    """Return a wrapper that no living plan has, to be given back when the step is gone."""
-    with _lock:
-        ready = _free.setdefault(key, [])
-        at = next((i for i, wrapper in enumerate(ready) if _copied(wrapper)), None)
-        wrapper = None if at is None else ready.pop(at)
-    if wrapper is None:
-        wrapper = _made(step, key[1])
-    weakref.finalize(step, _give_back, key, wrapper)
-    return wrapper
-
-
-def _give_back(key: tuple[Any, ...], wrapper: Any) -> None:
-    """Without the lock: this runs whenever a step happens to be collected, also while the lock is held."""
-    _free[key].append(wrapper)
-
-
-def forget(device: torch.device) -> None:
-    """Drop a device's workspace and the wrappers that no plan has."""
-    with _lock:
-        _workspaces.pop(device, None)
-        for key, ready in _free.items():
-            if key[0] == device:
-                ready.clear()
-
-
-def _made(step: InferStep, kind: str) -> Any:
-    work = workspace(step.device)
-    if kind == "decode":
-        tensor_cores = decode_kernel(step.spec.group_size)
-        return flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            work, step.layout, use_tensor_cores=tensor_cores, backend="fa2"
-        )
-    kernels = "fa2" if is_quantised(step.spec.kv_cache_dtype) else step.kernels
-    if kind == "ragged":
-        return flashinfer.BatchPrefillWithRaggedKVCacheWrapper(work, "NHD", backend=step.kernels)
-    return flashinfer.BatchPrefillWithPagedKVCacheWrapper(work, step.layout, backend=kernels)
-
-
-def _mark(device: torch.device, wrapper: Any) -> None:
-    """Remember when the wrapper's pinned memory will have been read: until then it cannot plan another batch."""
-    if device.type == "cuda":
-        event = torch.cuda.Event()
-        event.record()
-        _planned_at[wrapper] = event
-
-
-def _copied(wrapper: Any) -> bool:
-    event = _planned_at.get(wrapper)
-    return event is None or bool(event.query())

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +38,7 @@ from .doors import Doors, FlashDoor, flashinfer_doors, xformers_doors
 from .flash_attention import FlashAttentionBackend
 from .flash_calls import CALLS, FlashStep
 from .flash_versions import Installed, installed, refusals
-from .flashinfer import FlashInferBackend
+from .flashinfer import MIXED, MIXED_VARIABLE, FlashInferBackend
 from .machine import Machine
 from .paged import PagedCudaBackend
 from .plans import CudaPlan
@@ -160,22 +162,46 @@ def flash_row(site: Path, cases: list[Case]) -> Row:
 
 
 def flashinfer_row(cases: list[Case]) -> Row:
-    """Return the row of `cuda/flashinfer`: wrappers made, planned and run, and what is appended."""
+    """Return the row of `cuda/flashinfer`: wrappers made, planned and run, and what is appended.
+
+    Each case twice: mixed batches by two wrappers, and by `BatchAttention`.
+    """
     backend = FlashInferBackend("cuda/flashinfer", pretended())
     number = version("flashinfer-python")
+    single: list[str] = []
+
+    with flashinfer_doors() as doors:
+
+        def check(case: Case) -> str:
+            for mixed in MIXED:
+                before = doors.planned["BatchAttention"]
+                with _variable(MIXED_VARIABLE, mixed):
+                    _held(backend, case, doors)
+                if doors.planned["BatchAttention"] > before:
+                    single.append(case.name)
+            return "interface"
+
+        row = without_hardware(backend, check, reason="", version=number, machine=_WHERE, cases=cases)
     reason = (
         f"Calls held against flashinfer-python {number}: its wrappers' constructors, plan and run, and its append; "
-        "verdicts are those of sm_90. Cases take bfloat16 where the kit has float32"
+        f"mixed batches by two wrappers, and {len(single)} cases also by BatchAttention; verdicts are those of sm_90. "
+        "Cases take bfloat16 where the kit has float32"
     )
-    with flashinfer_doors() as doors:
-        return without_hardware(
-            backend,
-            lambda case: _held(backend, case, doors),
-            reason=reason,
-            version=number,
-            machine=_WHERE,
-            cases=cases,
-        )
+    return replace(row, reason=reason)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def xformers_row(cases: list[Case]) -> Row:

@@ -11,7 +11,7 @@ import torch
 
 import attn_dispatch as ad
 from attn_dispatch_cuda.batch import cut, page_lists
-from attn_dispatch_cuda.flashinfer import FlashInferBackend
+from attn_dispatch_cuda.flashinfer import MIXED_VARIABLE, FlashInferBackend, against_one_kernel
 
 from .conftest import MakeMachine
 
@@ -20,10 +20,12 @@ flashinfer = pytest.importorskip("flashinfer", reason="not run: flashinfer is no
 from attn_dispatch_cuda.flashinfer_step import (  # noqa: E402
     InferStep,
     decode_arguments,
+    mixed_arguments,
     parts_of,
     prefill_arguments,
     ragged_arguments,
 )
+from attn_dispatch_cuda.flashinfer_wrappers import mixed_bytes  # noqa: E402
 
 SITE = Path(flashinfer.__file__).parent.parent
 BLOCK = 16
@@ -198,24 +200,112 @@ def test_sinks_would_be_dropped_by_the_vendors_own_argument() -> None:
     ("new", "parts"),
     [
         ([], []),
-        ([1, 1, 1], [(True, 0, 3)]),
-        ([4, 9], [(False, 0, 2)]),
-        ([1, 1, 7, 3], [(True, 0, 2), (False, 2, 4)]),
-        ([7, 1, 1], [(False, 0, 1), (True, 1, 3)]),
-        ([1, 7, 1], [(False, 0, 3)]),
-        ([0, 1, 0, 1], [(True, 0, 2)]),
+        ([1, 1, 1], [("decode", 0, 3)]),
+        ([4, 9], [("prefill", 0, 2)]),
+        ([1, 1, 7, 3], [("decode", 0, 2), ("prefill", 2, 4)]),
+        ([7, 1, 1], [("prefill", 0, 1), ("decode", 1, 3)]),
+        ([1, 7, 1], [("prefill", 0, 3)]),
+        ([0, 1, 0, 1], [("decode", 0, 2)]),
     ],
     ids=str,
 )
-def test_parts(new: list[int], parts: list[tuple[bool, int, int]]) -> None:
+def test_parts(new: list[int], parts: list[tuple[str, int, int]]) -> None:
     """Decodes by the one wrapper, the rest by the other, as long as each is one run of neighbours."""
     tables = [list(range(4 * s, 4 * s + 4)) for s in range(len(new))]
     batch = cut(ad.AttentionMetadata.build(new, [n + 2 for n in new], tables, BLOCK).view("decoder"), BLOCK, paged=True)
     found = parts_of(batch, fixed=False)
-    assert [(part.decode, *part.sequences) for part in found] == parts
+    assert [(part.kind, *part.sequences) for part in found] == parts
     for part in found:
         assert part.rows == tuple(batch.query_start[list(part.sequences)])
     assert len(parts_of(batch, fixed=True)) <= 1
+    # By one kernel what has both, in any order; what has one kind stays with its wrapper, and fixed plans as they are.
+    mixed = {count == 1 for count in new if count} == {True, False}
+    whole = parts_of(batch, fixed=False, one_kernel=True)
+    assert whole == ([type(whole[0])("mixed", (0, batch.num_seqs), (0, batch.num_tokens))] if mixed else found)
+    assert parts_of(batch, fixed=True, one_kernel=True) == parts_of(batch, fixed=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "models", "words"),
+    [
+        ({}, ("NVIDIA H200",), ""),
+        ({"head_size": 256, "logits_soft_cap": 3.0, "sinks": True}, ("NVIDIA A100",), ""),
+        ({"kind": "cross"}, ("NVIDIA B200",), ""),
+        ({"window": (9, 0)}, ("NVIDIA H200",), "no windows"),
+        ({"causal": False, "window": (-1, 0)}, ("NVIDIA H200",), ""),
+        ({"kv_cache_dtype": "float8_e4m3fn"}, ("NVIDIA H200",), "own type (bfloat16)"),
+        ({"kind": "encoder"}, ("NVIDIA H200",), "reads pages"),
+        ({}, ("NVIDIA H200", "NVIDIA L40S"), "sm_89's shared memory"),
+        ({}, ("NVIDIA GeForce RTX 5090",), "sm_120's shared memory"),
+    ],
+    ids=str,
+)
+def test_mixed_batches_are_the_users_choice(
+    machine: MakeMachine, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], models: tuple[str, ...], words: str
+) -> None:
+    """By one kernel where it computes the layer; where it does not, the verdict says so."""
+    layer, backend = spec(**fields), FlashInferBackend("x/infer", machine(*models, more=(SITE,)))
+    against = against_one_kernel(layer, backend.machine.capabilities)
+    assert words in against
+    assert bool(words) is bool(against)
+    assert "mixed" not in backend.verdict(layer).note
+    monkeypatch.setenv(MIXED_VARIABLE, "two-wrappers")
+    assert "mixed" not in backend.verdict(layer).note
+    monkeypatch.setenv(MIXED_VARIABLE, "batch-attention")
+    note = backend.verdict(layer).note
+    assert f"mixed batches by two wrappers: {against}" in note if against else "mixed batches by BatchAttention" in note
+    monkeypatch.setenv(MIXED_VARIABLE, "batch")
+    with pytest.raises(ValueError, match="not one of two-wrappers, batch-attention"):
+        backend.verdict(layer)
+
+
+@pytest.mark.interface
+@pytest.mark.parametrize("fields", [{}, {"logits_soft_cap": 3.0, "scale": 0.3, "dtype": "float16"}], ids=str)
+def test_batch_attention_takes_this_plan_and_runs(fields: dict[str, Any]) -> None:
+    """Held against the installed class; it has no window to be given, and its soft-cap is one of `run` too."""
+    layer = spec(**fields)
+    start, csr = lists(MIXED)
+    lens = torch.from_numpy(cut(MIXED.view("decoder"), BLOCK, paged=True).lens)
+    positional, named = mixed_arguments(layer, start, lens, csr)
+    kind = flashinfer.BatchAttention
+    given = inspect.signature(kind.plan).bind(None, *positional, **named).arguments
+    assert torch.equal(given["qo_indptr"], start)
+    assert given["kv_indices"] is csr["indices"]
+    assert given["kv_indptr"] is csr["indptr"]
+    assert given["kv_len_arr"] is lens
+    assert (given["num_qo_heads"], given["num_kv_heads"], given["page_size"]) == (8, 2, BLOCK)
+    assert (given["head_dim_qk"], given["head_dim_vo"]) == (128, 128)
+    assert (given["causal"], given["sm_scale"], given["logits_soft_cap"]) == (
+        True, layer.scale, layer.logits_soft_cap or 0.0
+    )  # fmt: skip
+    assert given["q_data_type"] == given["kv_data_type"] == getattr(torch, layer.dtype)
+    assert not [name for name in inspect.signature(kind.plan).parameters if "window" in name]
+    inspect.signature(kind).bind("NHD", "cuda:0")
+    inspect.signature(kind.run).bind(None, 0, (0, 0), out=0, lse=0, logits_soft_cap=0.0)
+
+
+@pytest.mark.interface
+def test_batch_attentions_workspace_is_as_large_as_its_schedule_asks() -> None:
+    """The formula is that of the header that it is compiled from, the attribute that of its `run`; LSE of base 2."""
+    headers = SITE / "flashinfer" / "data" / "include" / "flashinfer" / "attention"
+    source = " ".join((headers / "scheduler.cuh").read_text().split())
+    schedule = source[source.index("TwoStageHolisticPlan(") :]
+    for words in (
+        "CTA_TILE_Q_SIZES[NUM_TASKS] = {128, 16}",
+        "if (head_dim >= 256) {",
+        "num_sm *= 1;",
+        "num_sm *= 2;",
+        "max_num_kv_splits = 4 * num_clusters * cluster_size * (CTA_TILE_Q_SIZES[0] + CTA_TILE_Q_SIZES[1])",
+        "max_num_kv_splits * sizeof_dtype_o * head_dim * num_kv_heads, 16,",
+        "max_num_kv_splits * sizeof(float) * num_kv_heads, 16,",
+    ):
+        assert words in schedule, words
+    assert "math::ptx_log2(d[mma_q][j]) + float(m[mma_q][j])" in (headers / "persistent.cuh").read_text()
+    assert "self.float_workspace_buffer," in inspect.getsource(flashinfer.BatchAttention.plan)
+    assert "self.float_workspace_buffer," in inspect.getsource(flashinfer.BatchAttention.run)
+    # On an H200: its own 384 MiB are enough for 8 key/value heads, and not for 32.
+    assert mixed_bytes(spec(num_heads=32, num_kv_heads=8), 132) < 384 << 20 < mixed_bytes(spec(num_kv_heads=8), 264)
+    assert mixed_bytes(spec(num_heads=32, num_kv_heads=32), 132) > 3 * (384 << 20)
 
 
 class Unplanned(InferStep):

@@ -52,6 +52,7 @@ def test_rows_are_what_was_compared_and_nothing_more(tmp_path: Path) -> None:
     for title in ("FlashAttention 2 2.8.3.post2 (", "3 (flash_attn_interface) 3.0.0.b1 (", "4 4.0.0b36 ("):
         assert title in rows["cuda/flash-attention"].reason
         assert f"{title}0 cases" not in rows["cuda/flash-attention"].reason
+    assert re.search(r"and [1-9]\d* cases also by BatchAttention", rows["cuda/flashinfer"].reason)
     assert "| evidence | interface | interface | interface |" in as_markdown(rows.values())
 
 
@@ -63,6 +64,7 @@ def test_rows_are_what_was_compared_and_nothing_more(tmp_path: Path) -> None:
         (Flash4, "arguments", "cuda/flash-attention"),
         (flashinfer_step, "decode_arguments", "cuda/flashinfer"),
         (flashinfer_step, "ragged_arguments", "cuda/flashinfer"),
+        (flashinfer_step, "mixed_arguments", "cuda/flashinfer"),
         (XformersStep, "arguments", "cuda/xformers"),
     ],
     ids=str,
