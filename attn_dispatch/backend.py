@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from attn_dispatch.contract import (
 from attn_dispatch.contract.arrays import as_library, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError
+from attn_dispatch.merge import merge_states
 
 __all__ = ["Availability", "Backend", "Capabilities", "Plan", "Refusal", "Verdict"]
 
@@ -144,6 +145,7 @@ class Backend(abc.ABC):
 
     A subclass imports its vendor only in methods that compute (`zeros`, `plan`, `run`): loading it, asking `probe` and
     asking `verdict` must be possible on a machine that lacks the vendor, and must initialise no device.
+    A vendor that merges partial results itself (cascade, split-KV) overrides `merge_states` as well.
 
     A backend compares equal to its name.
     """
@@ -200,6 +202,14 @@ class Backend(abc.ABC):
             out: [T, H, Dv], written when given.
             return_lse: also return f32[T, H], natural log.
         """
+
+    def merge_states(self, states: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+        """Merge partial results that `run` returned: the core's `merge_states`, for what a vendor's does not take.
+
+        Args:
+            states: see `attn_dispatch.merge_states`; the LSE is natural, here and in what is returned.
+        """
+        return merge_states(states)
 
     def layout(self, spec: AttentionSpec) -> CacheLayout:
         """Return the layout of a cache for this spec (HND unless overridden)."""

@@ -19,7 +19,8 @@ PLATFORMS = CORE.parent / "platforms"
 
 FLOORS = [
     {"errors", "contract", "hardware"},
-    {"settings", "backend", "merge"},
+    {"settings", "merge"},
+    {"backend"},
     {"reference", "registry", "cache"},
     {"dispatch"},
     {"attention"},

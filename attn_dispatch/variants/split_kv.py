@@ -16,7 +16,6 @@ from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.errors import MetadataError, SpecError
-from attn_dispatch.merge import merge_states
 from attn_dispatch.variants.choosing import choose_for
 from attn_dispatch.variants.pieces import reading, shifted
 from attn_dispatch.variants.rows import concatenate, put
@@ -143,6 +142,6 @@ class SplitKV(Variant):
             )
             tokens = plan.num_tokens
             states += [(found[i : i + tokens], lse[i : i + tokens]) for i in range(0, plan.parts * tokens, tokens)]
-        result, total = merge_states(states)
+        result, total = self.backend.merge_states(states)
         result = result if out is None else put(out, None, result)
         return (result, total) if return_lse else result

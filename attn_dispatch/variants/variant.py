@@ -12,7 +12,6 @@ from attn_dispatch.backend import Backend, Plan
 from attn_dispatch.contract import Array, AttentionSpec, KVCache
 from attn_dispatch.contract.dtypes import dtype_name
 from attn_dispatch.errors import ArrayError, CacheError, PlanError, SpecError
-from attn_dispatch.merge import merge_states
 from attn_dispatch.variants.rows import Rows, new, put, take
 from attn_dispatch.variants.writing import Writer
 
@@ -110,7 +109,7 @@ def attend(
                 one.plan, take(queries[one.query], group.rows), *new_kv, cache, return_lse=merging or return_lse
             )
             states.append(found if merging or return_lse else (found, None))
-        part, part_lse = merge_states(states) if merging else states[0]
+        part, part_lse = group.passes[0].attn.backend.merge_states(states) if merging else states[0]
         result = put(result, group.rows, part)
         if lse is not None:
             lse = put(lse, group.rows, part_lse)

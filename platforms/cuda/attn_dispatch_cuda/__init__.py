@@ -3,7 +3,7 @@
 flash_attention    the backend `cuda/flash-attention`; flash_versions: what is installed and what it computes;
                    flash_calls: the calls of FlashAttention 2, 3 and 4
 flashinfer         the backend `cuda/flashinfer`; flashinfer_step: a batch in parts, planned and run;
-                   flashinfer_wrappers: its wrappers, made and leased
+                   flashinfer_wrappers: its wrappers, made and leased; flashinfer_merge: partial results
 xformers           the backend `cuda/xformers`; xformers_step: its masks and calls
 paged, layer       what the three have in common: the backend's side, and one layer's pass around a vendor's call
 machine, gpus      what is asked of a machine: GPUs, their compute capability, installed packages (files alone)

@@ -2,10 +2,10 @@
 
     python -m attn_dispatch_cuda.compile_cell [--arch 9.0a] [--output FOLDER] [--again]
 
-Builds the modules behind `cuda/flashinfer` (append, decode, prefill by the fa2 kernels, BatchAttention) with
-FlashInfer's own build files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0: every
-module was built and has kernels; 1: something failed. What was built is kept under the hash of the versions that it
-was built from. The compiler is that of the wheels (nvidia-cuda-nvcc and its parts), else the one of CUDA_HOME.
+Builds the modules behind `cuda/flashinfer` (append, decode, prefill by the fa2 kernels, BatchAttention, merge)
+with FlashInfer's own build files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0:
+every module was built and has kernels; 1: something failed. What was built is kept under the hash of the versions that
+it was built from. The compiler is that of the wheels (nvidia-cuda-nvcc and its parts), else the one of CUDA_HOME.
 """
 
 from __future__ import annotations
@@ -136,6 +136,7 @@ def modules() -> Mapping[str, Callable[[], Any]]:
     import torch
     from flashinfer.jit import gen_batch_decode_module, gen_batch_prefill_module
     from flashinfer.jit.attention.modules import _gen_batch_attention_primary_module
+    from flashinfer.jit.cascade import gen_cascade_module
     from flashinfer.jit.page import gen_page_module
 
     bf16 = torch.bfloat16
@@ -148,6 +149,7 @@ def modules() -> Mapping[str, Callable[[], Any]]:
         # As BatchAttention.plan builds it: keys and values in equal strides, no position encoding, no soft-cap, no
         # profiler. The public function builds kernels for other strides with them.
         "batch-attention": lambda: _gen_batch_attention_primary_module(*types[:7], False, False),
+        "merge": gen_cascade_module,
     }
 
 
@@ -196,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Build, report, and say by the exit status whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="9.0a", help="compute capability to build for (9.0a)")
-    parser.add_argument("--only", nargs="*", help="of append, decode, prefill, batch-attention")
+    parser.add_argument("--only", nargs="*", help="of append, decode, prefill, batch-attention, merge")
     parser.add_argument("--output", help="folder for cuda-compile.json and .md (docs/evidence)")
     parser.add_argument("--again", action="store_true", help="build what is built already")
     options = parser.parse_args(arguments)

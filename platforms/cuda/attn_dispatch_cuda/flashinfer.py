@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_dispatch.backend import Availability, Refusal, Verdict
-from attn_dispatch.contract import AttentionSpec, CacheLayout, layout_named
+from attn_dispatch.contract import Array, AttentionSpec, CacheLayout, layout_named
+from attn_dispatch.contract.arrays import library_of
+from attn_dispatch.contract.dtypes import dtype_name
 from attn_dispatch.errors import EnvironmentVariableError
 
 from .gpus import Capability, written
@@ -37,6 +39,7 @@ __all__ = [
     "against_one_kernel",
     "decode_kernel",
     "kernels",
+    "merges",
 ]
 
 KERNELS_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER"
@@ -155,6 +158,37 @@ class FlashInferBackend(PagedCudaBackend):
         pair = (k, v) if store is None else (store.key, store.value)
         result: tuple[torch.Tensor, torch.Tensor | None] = step.run(q, pair, owned, out, wants_lse=wants_lse)
         return result
+
+    def merge_states(self, states: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+        """By FlashInfer's kernels on a GPU; see `Backend.merge_states`."""
+        if not merges(states):
+            return super().merge_states(states)
+        from .flashinfer_merge import merged
+
+        return merged(states)
+
+
+def merges(states: Sequence[tuple[Array, Array]]) -> bool:
+    """Return whether FlashInfer's own kernels merge these results: on one GPU, of 16 bits, in a block of theirs.
+
+    A block has the threads of all heads; each thread takes 8 elements of a row.
+    """
+    if len(states) < 2:
+        return False
+    out, lse = states[0]
+    if any(library_of(x) != "torch" or not x.is_cuda or x.requires_grad for state in states for x in state):
+        return False
+    if dtype_name(out.dtype) not in ("float16", "bfloat16") or dtype_name(lse.dtype) != "float32":
+        return False
+    same = all(
+        (a.shape, a.dtype, a.device, b.shape, b.dtype, b.device)
+        == (out.shape, out.dtype, out.device, lse.shape, lse.dtype, out.device)
+        for a, b in states
+    )
+    if not same or len(out.shape) != 3 or tuple(lse.shape) != tuple(out.shape[:2]):
+        return False
+    rows, heads, size = out.shape
+    return rows > 0 and size in _HEAD_SIZES and heads * (size // 8) <= 1024
 
 
 def against_one_kernel(spec: AttentionSpec, capabilities: Sequence[Capability]) -> str:
