@@ -1,1 +1,1 @@
-"""Other people's engines as clients: the only modules that import torch. Nothing in the core imports them."""
+"""Other people's engines and compilers: the only modules that import torch. Nothing in the core imports them."""

@@ -143,7 +143,8 @@ class Layer:
     """One layer of a model: `Attention.run` on its cache, as an operator.
 
     Its arrays are the cache's own memory. It is no `torch.nn.Module` and owns no parameter; a module holds it as an
-    attribute. Compiled code holds it weakly: when the model is gone, so is the cache.
+    attribute. Compiled code holds it weakly: when the model is gone, so is the
+    cache. Copies of a model need layers (and caches) of their own.
 
     Attributes:
         attention: what runs.
@@ -207,6 +208,11 @@ class Layer:
             return out, run_lse_out(*given, out)
         run_out(*given, out)
         return out
+
+    def __reduce__(self) -> Any:
+        raise CacheError(
+            "a layer is neither copied nor pickled, its cache's memory least of all: make a Layer for the copy"
+        )
 
     def __repr__(self) -> str:
         return f"Layer({self.attention}, {self.cache})"

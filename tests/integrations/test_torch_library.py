@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import shutil
 import threading
 import weakref
@@ -23,6 +25,7 @@ from attn_dispatch.dispatch import verdict_of  # noqa: E402
 from attn_dispatch.errors import ArrayError, CacheError, MetadataError, PlanError  # noqa: E402
 from attn_dispatch.integrations import torch_library  # noqa: E402
 from attn_dispatch.integrations.torch_library import Layer, step  # noqa: E402
+from attn_dispatch.reference import ReferenceBackend  # noqa: E402
 
 H, K, D, B, WIDTH, BLOCKS = 4, 2, 16, 32, 24, 9
 SPEC = ad.AttentionSpec(num_heads=H, num_kv_heads=K, head_size=D, dtype="float32", block_size=B)
@@ -151,6 +154,26 @@ def test_opcheck(backend: str, op: str) -> None:
         torch.library.opcheck(getattr(torch_library, op), (q, k, v, layer.arrays, layer.handle, D, *out))
 
 
+class Strided(ReferenceBackend):
+    """A backend that computes a head after the other."""
+
+    def run(self, *args: Any, **named: Any) -> Any:
+        found = super().run(*args, **named)
+        heads_first = [x if x is None else x.swapaxes(0, 1).copy().swapaxes(0, 1) for x in found]
+        return tuple(heads_first)
+
+
+@pytest.mark.parametrize("op", ["run_lse", "run_lse_out"])
+def test_results_lie_as_the_compiler_was_told(op: str) -> None:
+    spec = replace(SPEC, returns_lse=True)
+    attn = ad.attention(spec, Strided("test/strided"))
+    layer = Layer(attn, attn.allocate(BLOCKS))
+    q, k, v = torch.randn(45, H, D), torch.randn(45, K, D), torch.randn(45, K, D)
+    out = (torch.zeros(45, H, D),) if op.endswith("out") else ()
+    with step(batch(0)):
+        torch.library.opcheck(getattr(torch_library, op), (q, k, v, layer.arrays, layer.handle, D, *out))
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_lse_and_out(backend: str, compiler: str) -> None:
     spec = replace(SPEC, returns_lse=True)
@@ -223,9 +246,9 @@ def test_a_step_compiles_nothing_anew() -> None:
 
 def test_blocks_that_are_compiled_each_by_itself_share_their_code() -> None:
     attn = ad.attention(SPEC, "reference")
-    blocks = torch.nn.Sequential(*(Block(Layer(attn, attn.allocate(BLOCKS))) for _ in range(12))).requires_grad_(False)
+    blocks = torch.nn.Sequential(*(Block(Layer(attn, attn.allocate(BLOCKS))) for _ in range(12)))
     x = torch.randn(45, WIDTH)
-    with step(batch(0)):
+    with torch.inference_mode(), step(batch(0)):
         expected = blocks(x)
         counter = CompileCounterWithBackend("aot_eager")
         for block in blocks:
@@ -306,6 +329,14 @@ def test_what_is_wrong_is_refused_before_anything_is_written(backend: str) -> No
 def test_a_layer_needs_its_cache() -> None:
     with pytest.raises(CacheError, match="needs its cache"):
         Layer(ad.attention(SPEC, "reference"))
+
+
+def test_a_layer_is_not_copied() -> None:
+    attn = ad.attention(SPEC, "reference")
+    layer = Layer(attn, attn.allocate(1))
+    for make, of in ((copy.copy, layer), (copy.deepcopy, Block(layer)), (pickle.dumps, layer)):
+        with pytest.raises(CacheError, match="make a Layer for the copy"):
+            make(of)
 
 
 def test_steps_are_of_a_thread_and_may_be_nested() -> None:

@@ -1,5 +1,9 @@
 """`torch/sdpa` as `torch.library` operators, for models that are compiled or exported.
 
+Which to use: these, where the program must carry the batch as tensors and stand on torch alone (`torch.export`, a
+serialised graph). `attn_dispatch.integrations.torch_library`, where a model is compiled in the process that runs it: it
+takes any backend and any layout, and takes a layer and the step as `attn_dispatch.Attention` does.
+
 An operator takes tensors and plain numbers alone, declares that it writes to the cache, and has a fake implementation,
 so that `torch.compile(fullgraph=True)` sees one opaque node with the right shape. The batch is given as tensors on the
 host and is checked like any other (`attn_dispatch.AttentionMetadata`); layers of one step share the plan.
