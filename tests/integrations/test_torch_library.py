@@ -331,6 +331,14 @@ def test_a_layer_needs_its_cache() -> None:
         Layer(ad.attention(SPEC, "reference"))
 
 
+def test_memory_that_is_never_written_is_refused() -> None:
+    attn = ad.attention(SPEC, "reference")
+    cache = attn.allocate(1)
+    cache.arrays["key"] = type("Array", (), {"__module__": "jaxlib", "dtype": None})()
+    with pytest.raises(CacheError, match="JAX's"):
+        Layer(attn, cache)
+
+
 def test_a_layer_is_not_copied() -> None:
     attn = ad.attention(SPEC, "reference")
     layer = Layer(attn, attn.allocate(1))
