@@ -76,7 +76,8 @@ def _setup(
     import openvino as ov
 
     from attn_dispatch_openvino.model import compiled, scalar
-    from attn_dispatch_openvino.requests import Frame, array_tensor, cache_tensors
+    from attn_dispatch_openvino.places import array_tensor
+    from attn_dispatch_openvino.requests import Frame, cache_tensors
 
     work = plan.work  # type: ignore[attr-defined]
     model, program = compiled(work.route.program), work.route.program

@@ -59,7 +59,7 @@ class Work:
         step: what the op is given.
         route: see there.
         op_writes: the op is to write the step's keys and values.
-        plain: all rows, nothing to put back, nothing to write again.
+        plain: all rows, nothing to write again.
         frame_key: which frame it fits.
         tree: the op's mask among new tokens, if it has one.
         old_slots: where each row's key lies, for releases that cannot but write.
@@ -189,7 +189,7 @@ class Executor:
             if plan.tree is not None
             else (route.serial, len(step.past_lens), len(step.blocks), step.num_rows)
         )
-        plain = step.rows is None and not step.tails and old_slots is None
+        plain = step.rows is None and old_slots is None
         return Work(step, route, writes, plain, frame_key, plan.tree, old_slots)
 
     def _attend(
@@ -213,25 +213,10 @@ class Executor:
             frame = self._frame(work)
         if not work.op_writes:
             k = v = None
-        if not (work.plain and frame.staged):
-            return self._attend_otherwise(work, request, frame, q, k, v, cache, out)
-        # The hot path, a decode step: every line of it is paid once per layer and token.
-        with request.lock:
-            if request.frame is not frame:
-                request.attach(frame)
-            if type(q) is np.ndarray:
-                frame.q[...] = q
-                if k is not None:
-                    frame.k[...] = k
-                    frame.v[...] = v
-                request.infer(None, False, True)  # no arguments, outputs shared: nothing is looked at or copied
-                if out is None:
-                    return frame.out.copy()
-                out[...] = frame.out
-                return out
-            frame.take_torch(q, k, v)
-            request.infer(None, False, True)
-            return frame.give_torch(out)
+        if work.plain:
+            attend = _attend_staged if frame.staged else _attend_in_place
+            return attend(request, frame, work, q, k, v, out)
+        return self._attend_otherwise(work, request, frame, q, k, v, cache, out)
 
     def _attend_otherwise(
         self,
@@ -244,7 +229,7 @@ class Executor:
         cache: KVCache,
         out: Array | None,
     ) -> Array:
-        """Everything else: torch, prefills in place, padding, tails that are put back, rows that are written again."""
+        """Attend where some rows are padding, or have to be written again."""
         rows, total, library = work.step.rows, len(q), library_of(q)
         if rows is not None:
             q = q[rows]
@@ -299,22 +284,9 @@ def _new_request(route: Route, binding: Binding, layer: LayerParameters) -> Boun
 def _attend_staged(
     request: BoundRequest, frame: Frame, work: Work, q: Array, k: Array | None, v: Array | None, out: Array | None
 ) -> Array:
-    """Run through the frame's own arrays. Returns an array of q's library."""
+    """Run on the caller's arrays where they are, or copied. The hot path of a decode step."""
     with request.lock:
-        request.attach(frame)
-        if type(q) is not np.ndarray:
-            frame.take_torch(q, k, v)
-            request.infer_step(work.step)
-            return frame.give_torch(out)
-        frame.q[...] = q
-        if k is not None:
-            frame.k[...] = k
-            frame.v[...] = v
-        request.infer_step(work.step)
-        if out is None:
-            return frame.out.copy()
-        out[...] = frame.out
-        return out
+        return request.infer_staged(frame, work.step, q, k, v, out)
 
 
 def _attend_in_place(

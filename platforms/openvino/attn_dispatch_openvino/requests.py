@@ -7,7 +7,6 @@ layers; queries, keys and values when they are small), and a request that is bou
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import OrderedDict
 from ctypes import memmove
@@ -19,25 +18,21 @@ import numpy.typing as npt
 import openvino as ov
 
 from attn_dispatch.contract import Array, KVCache, LayerParameters
-from attn_dispatch.contract.arrays import as_numpy
+from attn_dispatch.contract.arrays import as_library, as_numpy
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError
 
 from .layouts import PackedLayout
 from .model import ELEMENT, Model, Program, scalar
+from .places import Place, array_tensor
 from .steps import Step
 
-__all__ = ["Binding", "BoundRequest", "Frame", "Frames", "array_tensor", "cache_tensors"]
+__all__ = ["Binding", "BoundRequest", "Frame", "Frames", "cache_tensors"]
 
 _STAGED_BYTES = 64 << 10  # copying so much costs as much as making a tensor and binding it
 _FRAMES_PER_THREAD = 16
 
 Arrays = npt.NDArray[Any]
-
-
-def array_tensor(array: Arrays, shape: Any, dtype: str) -> Any:
-    """Return a tensor over the memory of a contiguous array; bfloat16 through a view, which OpenVINO's own lacks."""
-    return ov.Tensor(array.view(np.int16) if dtype == "bfloat16" else array, shape, ELEMENT[dtype])
 
 
 def cache_tensors(cache: KVCache) -> tuple[Any, Any]:
@@ -73,13 +68,10 @@ class Frame:
         staged: q, k, v and the output have room here ([rows, heads, size]); else they are bound at every call.
         shapes: OpenVINO's shapes of q, k, v and the output.
         tensors: by input name; of q, k, v only when staged.
-        output: the staged output's tensor.
+        places: of q, k, v and the output, when staged.
     """
 
-    __slots__ = (
-        "_addresses", "_longest", "k", "lists", "nothing", "out", "output", "q", "shapes", "staged", "step", "tensors",
-        "v",
-    )  # fmt: skip
+    __slots__ = ("_longest", "lists", "nothing", "places", "shapes", "staged", "step", "tensors")
 
     def __init__(self, program: Program, step: Step, tree: tuple[Arrays, Arrays] | None) -> None:
         rows, p = step.num_rows, program
@@ -105,11 +97,9 @@ class Frame:
         self.shapes = tuple(ov.Shape([rows, heads * size]) for heads, size in sizes)
         self.staged = max(rows * heads * size for heads, size in sizes) * dtype.itemsize <= _STAGED_BYTES
         if self.staged:
-            self.q, self.k, self.v, self.out = (np.zeros((rows, *size), dtype) for size in sizes)
-            for name in ("q", "k", "v"):
-                self.tensors[name] = array_tensor(getattr(self, name), self.shapes["qkv".index(name)], p.dtype)
-            self._addresses = [(own, own.ctypes.data) for own in (self.q, self.k, self.v)]
-            self.output = array_tensor(self.out, self.shapes[3], p.dtype)
+            arrays = (np.zeros((rows, *size), dtype) for size in sizes)
+            self.places = [Place(own, shape, p.dtype) for own, shape in zip(arrays, self.shapes, strict=True)]
+            self.tensors |= {name: place.tensor for name, place in zip("qkv", self.places, strict=False)}
         else:
             # What a request is bound to between calls, so that it does not keep a prefill's arrays alive.
             self.nothing = tuple(ov.Tensor(ELEMENT[p.dtype], ov.Shape([0, heads * size])) for heads, size in sizes)
@@ -120,33 +110,6 @@ class Frame:
             own[...] = given
         self._longest[...] = step.longest
         self.step = step
-
-    def take_torch(self, q: Array, k: Array | None, v: Array | None) -> None:
-        """Copy torch's q (and k, v) into the staged arrays.
-
-        Raises:
-            ArrayError: a tensor is not in host memory.
-        """
-        places = self._addresses
-        for tensor, (own, address) in zip((q,) if k is None else (q, k, v), places, strict=False):
-            if tensor.is_cpu and tensor.is_contiguous():
-                # Half of what torch's own copy costs: no dispatch, no gradient, and bfloat16 is bytes like any other.
-                memmove(address, tensor.data_ptr(), own.nbytes)
-            else:
-                own[...] = as_numpy(tensor)
-
-    def give_torch(self, out: Array | None) -> Array:
-        """Return the staged output as a torch tensor: `out`, or a copy."""
-        if out is None:
-            return self._from_numpy(self.out.copy())
-        out.copy_(self._from_numpy(self.out))
-        return out
-
-    def _from_numpy(self, array: Arrays) -> Array:
-        torch = sys.modules["torch"]
-        if array.dtype.kind == "f":
-            return torch.from_numpy(array)
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
 
 
 def _lists(step: Step) -> tuple[Arrays, ...]:
@@ -200,7 +163,7 @@ class BoundRequest:
         infer: OpenVINO's `infer(None, share_inputs, share_outputs)`.
     """
 
-    __slots__ = ("_cleared", "_dtype", "_inputs", "_k", "_q", "_request", "_v", "frame", "infer", "lock")
+    __slots__ = ("_at", "_cleared", "_dtype", "_inputs", "_k", "_q", "_request", "_v", "frame", "infer", "lock")
 
     def __init__(self, model: Model, binding: Binding, scale: float, window: int, layer: LayerParameters) -> None:
         self.lock = binding.lock
@@ -211,6 +174,7 @@ class BoundRequest:
         self._request = model.new_request()
         self.infer = self._request.infer
         self.frame: Frame | None = None
+        self._at = [0, 0, 0, 0]  # which caller's q, k, v and output are bound, by address; 0: the frame's
         self._set("key_cache", binding.tensors[0])
         self._set("value_cache", binding.tensors[1])
         if model.program.constants is None:
@@ -232,8 +196,80 @@ class BoundRequest:
         for name, tensor in frame.tensors.items():
             self._set(name, tensor)
         if frame.staged:
-            self._request.set_output_tensor(0, frame.output)
+            self._request.set_output_tensor(0, frame.places[3].tensor)
+        self._at = [0, 0, 0, 0]
         self.frame = frame
+
+    def infer_staged(
+        self, frame: Frame, step: Step, q: Array, k: Array | None, v: Array | None, out: Array | None
+    ) -> Array:
+        """Run on a caller's arrays: where they are, or copied into the frame.
+
+        Returns:
+            `out`, or a new array of q's library.
+
+        Raises:
+            ArrayError: an array is not in host memory.
+        """
+        if self.frame is not frame:
+            self.attach(frame)
+        places = frame.places
+        self._take(0, places[0], q)
+        if k is not None:
+            self._take(1, places[1], k)
+            self._take(2, places[2], v)
+        else:
+            self._bind(1, 0, places[1].tensor)
+            self._bind(2, 0, places[2].tensor)
+        place = places[3]
+        numpy = type(q) is np.ndarray
+        if out is not None or (numpy and place.small):
+            # A caller's `out` may be its q, which the op still reads while it writes.
+            self._bind(3, 0, place.tensor)
+            self.infer_step(step)
+            if out is None:
+                return place.array.copy()
+            if numpy:
+                out[...] = place.array
+            else:
+                out.copy_(as_library(place.array, "torch"))
+            return out
+        made: Any = np.empty(place.array.shape, place.array.dtype) if numpy else q.new_empty(place.array.shape)
+        address = made.__array_interface__["data"][0] if numpy else made.data_ptr()
+        if address != self._at[3]:
+            tensor = place.over(address)
+            self._bind(3, 0 if tensor is None else address, tensor or place.tensor)
+        self.infer_step(step)
+        if not self._at[3]:
+            memmove(address, place.address, place.array.nbytes)
+        return made
+
+    def _take(self, which: int, place: Place, given: Any) -> None:
+        numpy = type(given) is np.ndarray
+        if numpy and (place.small or not given.flags.c_contiguous):
+            place.array[...] = given
+        elif numpy or (given.is_cpu and given.is_contiguous()):
+            address = given.__array_interface__["data"][0] if numpy else given.data_ptr()
+            if address == self._at[which]:
+                return
+            tensor = place.over(address)
+            if tensor is not None:
+                self._bind(which, address, tensor)
+                return
+            # Half of what torch's own copy costs: no dispatch, no gradient, and bfloat16 is bytes like any other.
+            memmove(place.address, address, place.array.nbytes)
+        else:
+            place.array[...] = as_numpy(given)
+        self._bind(which, 0, place.tensor)
+
+    def _bind(self, which: int, address: int, tensor: Any) -> None:
+        if address == self._at[which]:
+            return
+        if which == 3:
+            self._request.set_output_tensor(0, tensor)
+        else:
+            self._request.set_input_tensor((self._q, self._k, self._v)[which], tensor)
+        self._at[which] = address
 
     def infer_step(self, step: Step) -> None:
         """Run on what is bound, and put back what the op clears."""
