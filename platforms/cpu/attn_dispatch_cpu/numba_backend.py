@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,7 +41,7 @@ class NumbaPlan(Plan):
 class NumbaBackend(Backend):
     """Attention compiled for this CPU by Numba."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("numpy",), nan_safe=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("numpy", "torch"), nan_safe=True)
 
     def __init__(self, name: str = "cpu/numba") -> None:
         super().__init__(name)
@@ -111,11 +112,10 @@ class NumbaBackend(Backend):
 
         assert isinstance(plan, NumbaPlan)
         spec = plan.spec
-        result = out
-        if result is None:
-            result = np.empty((plan.num_tokens, spec.num_heads, spec.value_head_size), q.dtype)
-        target = result if result.strides[-1] == result.itemsize else np.empty(result.shape, result.dtype)
-        lse = np.empty((plan.num_tokens, spec.num_heads), np.float32) if return_lse else None
+        shape = (plan.num_tokens, spec.num_heads, spec.value_head_size)
+        result = _empty(q, shape) if out is None else out
+        target = result if out is None or _rows_are_dense(out) else _empty(q, shape)
+        lse = _empty(q, shape[:2], "float32") if return_lse else None
         runner = Runner(plan, layer)
         runner.give(q, target, lse)
         if cache is not None:
@@ -130,6 +130,19 @@ class NumbaBackend(Backend):
         if target is not result:
             result[...] = target
         return result if lse is None else (result, lse)
+
+
+def _empty(like: Array, shape: tuple[int, ...], dtype: str = "") -> Array:
+    """Return a new array of the library that `like` is of, and of its dtype unless another is named."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype or like.dtype)
+    torch = sys.modules["torch"]
+    return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else like.dtype)
+
+
+def _rows_are_dense(array: Array) -> bool:
+    step = array.strides[-1] == array.itemsize if isinstance(array, np.ndarray) else array.stride(-1) == 1
+    return bool(step)
 
 
 __all__ = ["HND_SCALED", "NumbaBackend", "NumbaPlan"]

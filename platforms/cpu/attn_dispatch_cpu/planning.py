@@ -26,6 +26,7 @@ PIECES_PER_THREAD = 3  # what lets the threads end at about the same time
 MIN_PART = 256  # tokens: a context is not cut into smaller parts than this
 MIN_HEADS = 4  # kv heads whose rows lie side by side; fewer make runs that the hardware's prefetcher is too late for
 SMALL_ELEMENTS = 1 << 21  # of keys and values: these lie in a CPU's cache, and a thread that wakes late finds work
+WORTH_WAKING = 1 << 18  # elements of keys and values (10 to 20 us of work): fewer are done before a thread woke up
 SCRATCH_LIMIT = 1 << 18  # bytes of accumulators and queries that stay in the second-level cache
 
 
@@ -109,7 +110,9 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
     length = end - begin
     total = int(length.sum())
     # Pieces of each sequence, by its share of the work: (head groups) x (parts of the context).
-    small = total * heads * (spec.head_size + spec.value_head_size) <= SMALL_ELEMENTS
+    elements = total * heads * (spec.head_size + spec.value_head_size)
+    threads = max(1, min(threads, elements // WORTH_WAKING))
+    small = elements <= SMALL_ELEMENTS
     share = threads if len(sequences) < threads and not small else PIECES_PER_THREAD * threads
     wanted = np.maximum(-(-length * share // max(total, 1)), 1) if threads > 1 else np.ones_like(length)
     head_groups = np.minimum(wanted, heads if small else max(1, heads // MIN_HEADS))

@@ -7,14 +7,16 @@ plan, a cache's with the cache, a layer's with the layer. A call copies the reco
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from attn_dispatch import AttentionSpec, KVCache
-from attn_dispatch.contract import BatchView, LayerParameters
+from attn_dispatch.contract import Array, BatchView, LayerParameters
 from attn_dispatch.contract.dtypes import is_quantised
+from attn_dispatch.errors import ArrayError
 from attn_dispatch_cpu.kernels import job as J
 from attn_dispatch_cpu.kernels.elements import KIND_BF16, KINDS
 from attn_dispatch_cpu.kernels.isa import host_isa
@@ -43,9 +45,27 @@ def address(array: NDArray) -> int:
     return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 
 
-def dense(array: NDArray) -> NDArray:
-    """Return the array with neighbouring elements side by side: itself, unless it is transposed."""
-    return array if array.strides[-1] == array.itemsize or not array.size else np.ascontiguousarray(array)
+def located(array: Array, kept: list[Any]) -> tuple[int, Sequence[int]]:
+    """Return where an array of NumPy or torch lies and its strides in bytes, elements of a row side by side.
+
+    Torch's tensors are asked themselves: to make NumPy's arrays of three, and torch's of one, costs as much as a small
+    step. What must live as long as the address is used is appended to `kept`.
+
+    Raises:
+        ArrayError: it is on a device.
+    """
+    if isinstance(array, np.ndarray):
+        if array.strides[-1] != array.itemsize and array.size:
+            array = np.ascontiguousarray(array)
+        kept.append(array)
+        return address(array), array.strides
+    if not array.is_cpu:
+        raise ArrayError(f"an array on {array.device} cannot be read as host memory; move it to the CPU first")
+    if array.stride(-1) != 1:
+        array = array.contiguous()
+    kept.append(array)
+    size = array.element_size()
+    return array.data_ptr(), [stride * size for stride in array.stride()]
 
 
 def scratch(size: int) -> int:
@@ -107,17 +127,13 @@ class Runner:
         if plan.spec.sinks and layer.sinks is not None:
             job[J.SINKS] = address(layer.sinks)
 
-    def give(self, q: NDArray, out: NDArray, lse: NDArray | None) -> None:
-        """Say where queries are and where results go."""
-        q = dense(q)
-        self._kept.append((q, out, lse))
-        job = self._job
-        job[J.Q] = address(q)
-        job[J.Q_TOKEN], job[J.Q_HEAD], _ = q.strides
-        job[J.OUT] = address(out)
-        job[J.OUT_TOKEN], job[J.OUT_HEAD], _ = out.strides
+    def give(self, q: Array, out: Array, lse: Array | None) -> None:
+        """Say where queries are and where results go (their rows are dense)."""
+        job, kept = self._job, self._kept
+        job[J.Q], (job[J.Q_TOKEN], job[J.Q_HEAD], _) = located(q, kept)
+        job[J.OUT], (job[J.OUT_TOKEN], job[J.OUT_HEAD], _) = located(out, kept)
         if lse is not None:
-            job[J.LSE] = address(lse)
+            job[J.LSE], _ = located(lse, kept)
 
     def give_cache(self, cache: KVCache) -> None:
         """Say where the cache is."""
@@ -133,23 +149,20 @@ class Runner:
             numbers[J.OUT_FACTOR] = self._layer.v_scale
             numbers[J.KEY_SCALE], numbers[J.VALUE_SCALE] = self._layer.k_scale, self._layer.v_scale
 
-    def give_rows(self, k: NDArray, v: NDArray) -> None:
+    def give_rows(self, k: Array, v: Array) -> None:
         """Attend to new keys and values as they are, without a cache."""
-        for where, array in ((KEY_TO_TOKEN, dense(k)), (VALUE_TO_TOKEN, dense(v))):
-            self._kept.append(array)
-            self._job[where] = address(array), 0, array.strides[1], array.strides[0]
+        for where, array in ((KEY_TO_TOKEN, k), (VALUE_TO_TOKEN, v)):
+            at, strides = located(array, self._kept)
+            self._job[where] = at, 0, strides[1], strides[0]
         self._stored = self._plan.spec.dtype
 
-    def write(self, k: NDArray, v: NDArray) -> None:
+    def write(self, k: Array, v: Array) -> None:
         """Store new keys and values into their slots."""
         if not self._plan.view.pages.writes:
             return
         job = self._job
         for at, given in ((J.NEW_KEY, k), (J.NEW_VALUE, v)):
-            array = dense(given)
-            self._kept.append(array)
-            job[at] = address(array)
-            job[at + 1], job[at + 2], _ = array.strides
+            job[at], (job[at + 1], job[at + 2], _) = located(given, self._kept)
         job[J.NEW_ROWS] = len(k)
         threads = self._plan.threads if k.nbytes + v.nbytes > WRITE_ALONE_BYTES else 1
         self._call("write", KINDS[self._stored], False, threads)

@@ -48,6 +48,51 @@ def test_torch_writes_into_its_own_output() -> None:
     assert view.data_ptr() == cache.key.ctypes.data
 
 
+def test_torch_in_any_strides() -> None:
+    """Views of one fused array, rows whose elements are not side by side, an output that is a view, a parameter."""
+    torch = pytest.importorskip("torch")
+    batch, *arrays = inputs()
+    q, k, v = (torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) for x in arrays)
+    fused = torch.cat([q, k, v], dim=1)
+    attn = ad.attention(SPEC, backend="cpu/numba")
+    plan = attn.plan(batch)
+    given = [
+        (fused[:, :4], fused[:, 4:6], fused[:, 6:]),
+        tuple(torch.cat([x, x], dim=2)[:, :, ::2] * 0 + x.repeat_interleave(2, dim=2)[:, :, ::2] for x in (q, k, v)),
+        tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)),
+        (torch.nn.Parameter(q), k, v),
+    ]
+    for views in given:
+        room = torch.zeros(41, 4, 128, dtype=torch.bfloat16)
+        for out in (None, room[:, :, :64], room[:, :, ::2]):
+            got = attn.run(plan, *views, attn.allocate(4), out)
+            assert out is None or got is out
+            assert np.array_equal(got.contiguous().view(torch.int16).numpy(), expected().view(np.int16))
+
+
+def test_torch_encoder_and_lse() -> None:
+    torch = pytest.importorskip("torch")
+    spec = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, kind="encoder", causal=False, returns_lse=True)
+    batch, *arrays = inputs()
+    attn = ad.attention(spec, backend="cpu/numba")
+    plan = attn.plan(batch)
+    out, lse = attn.run(plan, *arrays, None, return_lse=True)
+    tensors = [torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) for x in arrays]
+    got, got_lse = attn.run(plan, *tensors, None, return_lse=True)
+    assert got_lse.dtype == torch.float32
+    assert np.array_equal(got.view(torch.int16).numpy(), out.view(np.int16))
+    assert np.array_equal(got_lse.numpy(), lse)
+
+
+def test_tensors_on_a_device_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    batch, *arrays = inputs()
+    attn = ad.attention(SPEC, backend="cpu/numba")
+    q, k, v = (torch.empty(x.shape, dtype=torch.bfloat16, device="meta") for x in arrays)
+    with pytest.raises(ad.errors.ArrayError, match="an array on meta cannot be read as host memory"):
+        attn.run(attn.plan(batch), q, k, v, attn.allocate(4))
+
+
 def test_jax() -> None:
     jnp = pytest.importorskip("jax.numpy")
     batch, *arrays = inputs()

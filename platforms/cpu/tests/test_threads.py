@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import attn_dispatch as ad
+from attn_dispatch_cpu import planning
 from attn_dispatch_cpu.threads import num_threads
 
 
@@ -55,6 +56,17 @@ def test_every_number_of_threads_gives_the_same(monkeypatch: pytest.MonkeyPatch)
         results.append(attn.run(plan, q, cache=cache, k=q[:, :4] * 0, v=q[:, :4] * 0).astype(np.float32))
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], atol=2e-3)
+
+
+def test_a_thread_is_woken_for_what_takes_longer_than_waking_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "WORTH_WAKING", 1 << 18)
+    spec = ad.AttentionSpec(num_heads=8, num_kv_heads=4, head_size=64)
+    for context, threads in ((32, 1), (256, 1), (512, 2), (1024, 4), (32768, 8)):
+        # Keys and values of two sequences: 2 x 4 heads x (64 + 64) elements per token.
+        batch = ad.AttentionMetadata.build([1, 1], [context] * 2, [range(context // 32)] * 2, slot_mapping=[-1, -1])
+        (work,) = planning.cut(spec, batch.view("decoder"), 8, in_blocks=True)
+        assert work.threads == threads
+        assert threads > 1 or len(work.tiles) == 2  # nor is it cut into pieces
 
 
 def test_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,7 +222,7 @@ class BoundRequest:
             self._bind(1, 0, places[1].tensor)
             self._bind(2, 0, places[2].tensor)
         place = places[3]
-        numpy = type(q) is np.ndarray
+        numpy = isinstance(q, np.ndarray)
         if out is not None or (numpy and place.small):
             # A caller's `out` may be its q, which the op still reads while it writes.
             self._bind(3, 0, place.tensor)
@@ -245,7 +245,7 @@ class BoundRequest:
         return made
 
     def _take(self, which: int, place: Place, given: Any) -> None:
-        numpy = type(given) is np.ndarray
+        numpy = isinstance(given, np.ndarray)
         if numpy and (place.small or not given.flags.c_contiguous):
             place.array[...] = given
         elif numpy or (given.is_cpu and given.is_contiguous()):
