@@ -2,6 +2,7 @@
 
     python benchmarks/radix.py                                  # hit rates, and the manager's own time
     python benchmarks/radix.py --backend cpu/numba --layers 30  # beside steps that really attend
+    python benchmarks/radix.py --backend cpu/numba --layers 30 --linear 576/1536/49152  # ... and multiply by weights
 
 Three workloads, seeded: few-shot prompts (one preamble, many questions), conversations (each turn brings all that was
 said before), trees of thought (branches that go on from a common line of thought). A scheduler with a token budget runs
@@ -135,14 +136,17 @@ class Clock:
     manager: float = 0.0
     batch: float = 0.0
     attention: float = 0.0
+    linear: float = 0.0
     steps: int = 0
 
 
 class Engine:
     """A scheduler: decodes go first, prefills share what is left of a step's budget, first come, first served."""
 
-    def __init__(self, manager: CacheManager, budget: int = 512, most: int = 16, attend: Any = None) -> None:
-        self.manager, self.budget, self.most, self.attend = manager, budget, most, attend
+    def __init__(
+        self, manager: CacheManager, budget: int = 512, most: int = 16, attend: Any = None, multiply: Any = None
+    ) -> None:
+        self.manager, self.budget, self.most, self.attend, self.multiply = manager, budget, most, attend, multiply
         self.clock = Clock()
         self.preempted = 0
 
@@ -165,6 +169,10 @@ class Engine:
                 begin = time.perf_counter()
                 self.attend(step, metadata)
                 self.clock.attention += time.perf_counter() - begin
+            if self.multiply is not None:
+                begin = time.perf_counter()
+                self.multiply(step)
+                self.clock.linear += time.perf_counter() - begin
             begin = time.perf_counter()
             self.manager.commit(step)
             for number, seq in list(running.items()):
@@ -212,6 +220,25 @@ class Engine:
             self.manager.preempt(youngest)
 
 
+def multiplying(layers: int, heads: tuple[int, int, int], sizes: tuple[int, int, int]) -> Any:
+    """Return what a model's weights do in a step, float32: no norm, no rotation, no activation, no sampling."""
+    (h, k, d), (hidden, inner, vocabulary) = heads, sizes
+    shapes = [(hidden, (h + 2 * k) * d), (h * d, hidden), (hidden, 2 * inner), (inner, hidden)]
+    rng = np.random.default_rng(0)
+    weights = [[rng.standard_normal(shape, np.float32) for shape in shapes] for _ in range(layers)]
+    head = rng.standard_normal((hidden, vocabulary), np.float32)
+    rows = [rng.standard_normal((4096, shape[0]), np.float32) for shape in shapes]
+
+    def run(step: Step) -> None:
+        n = step.num_tokens
+        for layer in weights:
+            for x, weight in zip(rows, layer, strict=True):
+                x[:n] @ weight
+        rows[0][: len(step.sequences)] @ head
+
+    return run
+
+
 def attending(backend: str, layers: int, heads: tuple[int, int, int], manager: CacheManager) -> Any:
     """Return what a model's attention layers do in a step (and nothing else of the model)."""
     import attn_dispatch as ad
@@ -246,16 +273,22 @@ def main() -> None:
     parser.add_argument("--backend", default="", help="attend in every step, with this backend")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--heads", default="9/3/64", help="query heads / key-value heads / head size")
+    parser.add_argument("--linear", default="", help="hidden / inner / vocabulary: multiply by such weights as well")
+    parser.add_argument("--trace", help="only this one")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
+    h, k, d = map(int, arguments.heads.split("/"))
+    multiply = None
+    if arguments.linear:
+        hidden, inner, vocabulary = map(int, arguments.linear.split("/"))
+        multiply = multiplying(arguments.layers, (h, k, d), (hidden, inner, vocabulary))
     for trace in traces(arguments.seed):
+        if arguments.trace not in (None, trace.name):
+            continue
         manager = CacheManager(arguments.blocks, arguments.block_size)
-        attend = None
-        if arguments.backend:
-            h, k, d = map(int, arguments.heads.split("/"))
-            attend = attending(arguments.backend, arguments.layers, (h, k, d), manager)
-        engine = Engine(manager, attend=attend)
+        attend = attending(arguments.backend, arguments.layers, (h, k, d), manager) if arguments.backend else None
+        engine = Engine(manager, attend=attend, multiply=multiply)
         engine.play(trace)
         usage, clock, oracle = manager.usage(), engine.clock, oracle_hit_rate(trace)
         row = {
@@ -270,10 +303,13 @@ def main() -> None:
             "manager_us_per_step": 1e6 * clock.manager / clock.steps,
             "batch_us_per_step": 1e6 * clock.batch / clock.steps,
             "attention_us_per_step": 1e6 * clock.attention / clock.steps,
+            "linear_us_per_step": 1e6 * clock.linear / clock.steps,
         }
         rows.append(row)
         if not arguments.json:
             share = f", {clock.manager / clock.attention:.2%} of attention alone" if clock.attention else ""
+            if clock.attention and clock.linear:
+                share += f", {clock.manager / (clock.attention + clock.linear):.2%} with the weights' part"
             print(
                 f"{trace.name:16} {row['requests']:4} requests, {clock.steps:5} steps: hit rate {usage.hit_rate:.1%}, "
                 f"oracle {oracle:.1%} ({row['of_oracle']:.1%} of it), {usage.evicted_blocks} evicted, "
