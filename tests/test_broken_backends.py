@@ -12,8 +12,10 @@ import pytest
 from attn_dispatch.backend import Plan, Verdict
 from attn_dispatch.conformance.cases import CASES
 from attn_dispatch.conformance.checks import ConformanceError, run_case
+from attn_dispatch.conformance.merging import check_merging
 from attn_dispatch.conformance.requests import check_bad_call
 from attn_dispatch.contract import AttentionSpec, LayerParameters
+from attn_dispatch.merge import merge_states
 from attn_dispatch.reference import ReferenceBackend
 
 
@@ -126,6 +128,28 @@ def test_a_backend_that_runs_another_ones_kernel_is_noticed() -> None:
     cases = tuple(case for case in CASES if case.spec.kv_cache_dtype == "uint4")
     with pytest.raises((ConformanceError, KeyError)):
         run_case(Impostor("impostor"), cases[0])
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda states: merge_states([(out, lse * np.float32(np.log(2))) for out, lse in states]),  # base 2
+        lambda states: merge_states(states[1:]),
+        lambda states: merge_states([(np.where(np.isinf(lse)[..., None], np.nan, out), lse) for out, lse in states]),
+        lambda states: (sum(out for out, _ in states) / len(states), merge_states(states)[1]),
+    ],
+    ids=["base 2", "a part lost", "NaN in empty rows", "a plain mean"],
+)
+def test_a_wrong_merge_is_noticed(wrong: Callable[[Any], Any], parts: int) -> None:
+    class Merging(ReferenceBackend):
+        def merge_states(self, states: Any) -> Any:
+            return wrong(states)
+
+    spec = AttentionSpec(num_heads=2, num_kv_heads=2, head_size=8, dtype="float32")
+    check_merging(ReferenceBackend(), spec, parts)
+    with pytest.raises(ConformanceError, match="merge_states"):
+        check_merging(Merging(), spec, parts)
 
 
 def test_a_backend_that_writes_before_it_refuses_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

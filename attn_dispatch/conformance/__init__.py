@@ -1,7 +1,7 @@
 """The conformance kit, public: what a backend must do to be one, as cases, checks and a pytest class.
 
-`cases`, `checks`, `requests`, `storage` and `report` need NumPy alone; `BackendConformance` needs pytest and hypothesis
-(the extra `attn-dispatch[conformance]`).
+`cases`, `checks`, `requests`, `storage`, `merging` and `report` need NumPy alone; `BackendConformance` needs pytest and
+hypothesis (the extra `attn-dispatch[conformance]`).
 """
 
 from typing import TYPE_CHECKING, Any

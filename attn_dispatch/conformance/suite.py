@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -26,6 +27,7 @@ from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.conformance.cases import CASES, Case
 from attn_dispatch.conformance.checks import CaseResult, check_mutations, compute, run_case
+from attn_dispatch.conformance.merging import check_merging
 from attn_dispatch.conformance.problem import make_problem
 from attn_dispatch.conformance.requests import BAD_BATCHES, BAD_CALLS, check_bad_batch, check_bad_call
 from attn_dispatch.conformance.storage import STORAGE_CHECKS
@@ -153,6 +155,13 @@ class BackendConformance:
         """Copies, swaps and conversions keep every bit."""
         spec = self.plain_spec(kv_cache_dtype=stored)
         STORAGE_CHECKS[name](self.subject(), spec)
+
+    @pytest.mark.parametrize("parts", [1, 2, 5])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_merging(self, dtype: str, parts: int) -> None:
+        """Partial results are put together exactly, whoever does it."""
+        spec = replace(self.plain_spec(), dtype=dtype)
+        check_merging(self.subject(), spec, parts)
 
     @pytest.mark.parametrize("name", list(BAD_BATCHES))
     def test_bad_batch_is_refused(self, name: str) -> None:
