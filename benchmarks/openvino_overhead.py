@@ -87,13 +87,14 @@ def _setup(
     key, value = cache_tensors(cache)
     tensors = dict(frame.tensors) | {"key_cache": key, "value_cache": value}
     tensors |= {"scale": scalar(spec.scale, np.float32), "sliding_window": scalar(0, np.int32)}
+    shapes = [place.tensor.shape for place in frame.places]
     host = [np.ascontiguousarray(as_library(x, "numpy")) for x in (q, k, v)]
     out = np.empty((sum(new), spec.num_heads, spec.value_head_size), host[0].dtype)
-    for name, array, shape in zip("qkv", host, frame.shapes[:3], strict=True):
+    for name, array, shape in zip("qkv", host, shapes, strict=False):
         tensors[name] = array_tensor(array, shape, spec.dtype)
     for name, tensor in tensors.items():
         request.set_input_tensor(model.inputs[name], tensor)
-    request.set_output_tensor(0, array_tensor(out, frame.shapes[3], spec.dtype))
+    request.set_output_tensor(0, array_tensor(out, shapes[3], spec.dtype))
     assert isinstance(tensors["q"], ov.Tensor)
     keep = (tensors, host, out)
 

@@ -214,8 +214,8 @@ class Executor:
         if not work.op_writes:
             k = v = None
         if work.plain:
-            attend = _attend_staged if frame.staged else _attend_in_place
-            return attend(request, frame, work, q, k, v, out)
+            with request.lock:
+                return request.infer_rows(frame, work.step, q, k, v, out)
         return self._attend_otherwise(work, request, frame, q, k, v, cache, out)
 
     def _attend_otherwise(
@@ -237,8 +237,8 @@ class Executor:
                 k, v = k[rows], v[rows]
         if work.old_slots is not None:
             k, v = (as_library(x, library) for x in _stored(cache, work.old_slots, work.route.program.dtype))
-        attend = _attend_staged if frame.staged else _attend_in_place
-        found = attend(request, frame, work, q, k, v, out if rows is None else None)
+        with request.lock:
+            found = request.infer_rows(frame, work.step, q, k, v, out if rows is None else None)
         if rows is None:
             return found
         if out is None:
@@ -279,40 +279,6 @@ def _new_request(route: Route, binding: Binding, layer: LayerParameters) -> Boun
         program = replace(program, constants=(route.scale, route.window, slopes, sinks))
     made = BoundRequest(compiled(program), binding, route.scale, route.window, layer)
     return binding.requests.setdefault((route, layer), made)
-
-
-def _attend_staged(
-    request: BoundRequest, frame: Frame, work: Work, q: Array, k: Array | None, v: Array | None, out: Array | None
-) -> Array:
-    """Run on the caller's arrays where they are, or copied. The hot path of a decode step."""
-    with request.lock:
-        return request.infer_staged(frame, work.step, q, k, v, out)
-
-
-def _attend_in_place(
-    request: BoundRequest, frame: Frame, work: Work, q: Array, k: Array | None, v: Array | None, out: Array | None
-) -> Array:
-    """Run on the caller's own memory; only what is not contiguous is copied. Returns an array of q's library."""
-    program, rows = work.route.program, len(q)
-    given = np.ascontiguousarray(as_numpy(q))
-    if k is None or v is None:
-        # A model that does not write still counts their rows. Pages of zeros that nobody touches cost nothing.
-        key = np.zeros((rows, program.num_kv_heads, program.head_size), given.dtype)
-        value = np.zeros((rows, program.num_kv_heads, program.value_head_size), given.dtype)
-    else:
-        key, value = np.ascontiguousarray(as_numpy(k)), np.ascontiguousarray(as_numpy(v))
-    target = None if out is None else as_numpy(out)
-    direct = target is not None and target.flags.c_contiguous
-    result = target if direct else np.empty((rows, program.num_heads, program.value_head_size), given.dtype)
-    assert result is not None
-    with request.lock:
-        request.attach(frame)
-        request.infer_on(frame, work.step, (given, key, value, result))
-    if target is None:
-        return as_library(result, library_of(q))
-    if not direct:
-        target[...] = result
-    return out
 
 
 def _write(cache: KVCache, k: Arrays, v: Arrays, slots: npt.NDArray[np.int64]) -> None:

@@ -19,6 +19,7 @@ from .model import ELEMENT
 __all__ = ["Place", "array_tensor"]
 
 _SMALL_BYTES = 16 << 10
+_LARGE_BYTES = 64 << 10
 _KEPT = 1024  # tensors over callers' memory, a few hundred bytes each
 
 Arrays = npt.NDArray[Any]
@@ -37,19 +38,20 @@ class Place:
         address: where that is.
         tensor: OpenVINO's, over it.
         small: copying a NumPy array costs no more than asking it where it lies.
+        large: copying costs more than making a tensor. The room of such a place is never touched, and so costs nothing.
     """
 
-    __slots__ = ("_dtype", "_known", "_shape", "address", "array", "small", "tensor")
+    __slots__ = ("_dtype", "_known", "_shape", "address", "array", "large", "small", "tensor")
 
     def __init__(self, array: Arrays, shape: Any, dtype: str) -> None:
         self.array, self.address = array, array.ctypes.data
         self.tensor = array_tensor(array, shape, dtype)
-        self.small = array.nbytes <= _SMALL_BYTES
+        self.small, self.large = array.nbytes <= _SMALL_BYTES, array.nbytes > _LARGE_BYTES
         self._shape, self._dtype = shape, dtype
         self._known: dict[int, Any] = {}
 
     def over(self, address: int) -> Any:
-        """Return a tensor over the memory at an address, or None when it was not met before.
+        """Return a tensor over the memory at an address, or None when it is better copied: it was not met before.
 
         The tensor owns nothing and may outlive the memory: it is for calls during which a caller's array of this size
         lies there.
@@ -58,11 +60,12 @@ class Place:
 
     def _meet(self, address: int) -> Any:
         if address not in self._known:
-            # Worth a tensor when it comes back. An allocator that never repeats itself pays for a look-up.
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            self._known[address] = None
-            return None
+            if not self.large:
+                # Worth a tensor when it comes back. An allocator that never repeats itself pays for a look-up.
+                self._known[address] = None
+                return None
         memory = memoryview((c_char * self.array.nbytes).from_address(address))
         array = np.frombuffer(memory, self.array.dtype)
         found = self._known[address] = array_tensor(array, self._shape, self._dtype)

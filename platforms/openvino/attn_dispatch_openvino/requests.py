@@ -2,7 +2,8 @@
 
 Binding a tensor costs 1.3 us and making one as much, so that a naive call spends more on its arguments than on
 attention. A `Frame` is a set of small tensors that stays: a step's numbers are copied into it (a `Step` once for all
-layers; queries, keys and values when they are small), and a request that is bound to it already has nothing to set.
+layers; queries, keys and values when they are small or were nowhere before: `places`), and a request that is bound to
+it already has nothing to set.
 """
 
 from __future__ import annotations
@@ -23,13 +24,12 @@ from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError
 
 from .layouts import PackedLayout
-from .model import ELEMENT, Model, Program, scalar
+from .model import Model, Program, scalar
 from .places import Place, array_tensor
 from .steps import Step
 
 __all__ = ["Binding", "BoundRequest", "Frame", "Frames", "cache_tensors"]
 
-_STAGED_BYTES = 64 << 10  # copying so much costs as much as making a tensor and binding it
 _FRAMES_PER_THREAD = 16
 
 Arrays = npt.NDArray[Any]
@@ -65,13 +65,11 @@ class Frame:
 
     Attributes:
         step: whose numbers are in it.
-        staged: q, k, v and the output have room here ([rows, heads, size]); else they are bound at every call.
-        shapes: OpenVINO's shapes of q, k, v and the output.
-        tensors: by input name; of q, k, v only when staged.
-        places: of q, k, v and the output, when staged.
+        tensors: by input name.
+        places: of q, k, v and the output.
     """
 
-    __slots__ = ("_longest", "lists", "nothing", "places", "shapes", "staged", "step", "tensors")
+    __slots__ = ("_longest", "lists", "places", "step", "tensors")
 
     def __init__(self, program: Program, step: Step, tree: tuple[Arrays, Arrays] | None) -> None:
         rows, p = step.num_rows, program
@@ -94,15 +92,11 @@ class Frame:
             (p.num_kv_heads, p.value_head_size),
             (p.num_heads, p.value_head_size),
         )
-        self.shapes = tuple(ov.Shape([rows, heads * size]) for heads, size in sizes)
-        self.staged = max(rows * heads * size for heads, size in sizes) * dtype.itemsize <= _STAGED_BYTES
-        if self.staged:
-            arrays = (np.zeros((rows, *size), dtype) for size in sizes)
-            self.places = [Place(own, shape, p.dtype) for own, shape in zip(arrays, self.shapes, strict=True)]
-            self.tensors |= {name: place.tensor for name, place in zip("qkv", self.places, strict=False)}
-        else:
-            # What a request is bound to between calls, so that it does not keep a prefill's arrays alive.
-            self.nothing = tuple(ov.Tensor(ELEMENT[p.dtype], ov.Shape([0, heads * size])) for heads, size in sizes)
+        self.places = [
+            Place(np.zeros((rows, heads, size), dtype), ov.Shape([rows, heads * size]), p.dtype)
+            for heads, size in sizes
+        ]
+        self.tensors |= {name: place.tensor for name, place in zip("qkv", self.places, strict=False)}
 
     def load(self, step: Step) -> None:
         """Put a step's numbers into the tensors."""
@@ -163,12 +157,11 @@ class BoundRequest:
         infer: OpenVINO's `infer(None, share_inputs, share_outputs)`.
     """
 
-    __slots__ = ("_at", "_cleared", "_dtype", "_inputs", "_k", "_q", "_request", "_v", "frame", "infer", "lock")
+    __slots__ = ("_at", "_cleared", "_inputs", "_k", "_q", "_request", "_v", "frame", "infer", "lock")
 
     def __init__(self, model: Model, binding: Binding, scale: float, window: int, layer: LayerParameters) -> None:
         self.lock = binding.lock
         self._cleared = binding.cleared
-        self._dtype = model.program.dtype
         self._inputs = model.inputs
         self._q, self._k, self._v = (self._inputs[name] for name in "qkv")
         self._request = model.new_request()
@@ -195,15 +188,14 @@ class BoundRequest:
         self.frame = None
         for name, tensor in frame.tensors.items():
             self._set(name, tensor)
-        if frame.staged:
-            self._request.set_output_tensor(0, frame.places[3].tensor)
+        self._request.set_output_tensor(0, frame.places[3].tensor)
         self._at = [0, 0, 0, 0]
         self.frame = frame
 
-    def infer_staged(
+    def infer_rows(
         self, frame: Frame, step: Step, q: Array, k: Array | None, v: Array | None, out: Array | None
     ) -> Array:
-        """Run on a caller's arrays: where they are, or copied into the frame.
+        """Run on a caller's arrays: where they are, or copied.
 
         Returns:
             `out`, or a new array of q's library.
@@ -214,53 +206,65 @@ class BoundRequest:
         if self.frame is not frame:
             self.attach(frame)
         places = frame.places
-        self._take(0, places[0], q)
+        held = [self._take(0, places[0], q)]
         if k is not None:
-            self._take(1, places[1], k)
-            self._take(2, places[2], v)
+            held += self._take(1, places[1], k), self._take(2, places[2], v)
         else:
+            # A model that does not write still counts their rows.
             self._bind(1, 0, places[1].tensor)
             self._bind(2, 0, places[2].tensor)
         place = places[3]
         numpy = isinstance(q, np.ndarray)
-        if out is not None or (numpy and place.small):
+        if not place.large and (out is not None or (numpy and place.small)):
             # A caller's `out` may be its q, which the op still reads while it writes.
             self._bind(3, 0, place.tensor)
             self.infer_step(step)
-            if out is None:
-                return place.array.copy()
-            if numpy:
-                out[...] = place.array
-            else:
-                out.copy_(as_library(place.array, "torch"))
-            return out
-        made: Any = np.empty(place.array.shape, place.array.dtype) if numpy else q.new_empty(place.array.shape)
-        address = made.__array_interface__["data"][0] if numpy else made.data_ptr()
+            return place.array.copy() if out is None else _put(out, place.array)
+        made = out if out is not None and self._apart(frame, out) else _new(q, place)
+        address = _address(made)
         if address != self._at[3]:
             tensor = place.over(address)
             self._bind(3, 0 if tensor is None else address, tensor or place.tensor)
         self.infer_step(step)
+        del held  # what was made contiguous for the op
         if not self._at[3]:
             memmove(address, place.address, place.array.nbytes)
-        return made
+        return made if out is None or made is out else _put(out, made)
 
-    def _take(self, which: int, place: Place, given: Any) -> None:
+    def _take(self, which: int, place: Place, given: Any) -> Any:
+        """Bind an argument; return what must live while the request runs."""
         numpy = isinstance(given, np.ndarray)
-        if numpy and (place.small or not given.flags.c_contiguous):
+        if numpy and place.small:
             place.array[...] = given
-        elif numpy or (given.is_cpu and given.is_contiguous()):
-            address = given.__array_interface__["data"][0] if numpy else given.data_ptr()
-            if address == self._at[which]:
-                return
-            tensor = place.over(address)
-            if tensor is not None:
-                self._bind(which, address, tensor)
-                return
+            self._bind(which, 0, place.tensor)
+            return None
+        if not (given.flags.c_contiguous if numpy else given.is_cpu and given.is_contiguous()):
+            given = as_numpy(given)
+            if not place.large:
+                place.array[...] = given
+                self._bind(which, 0, place.tensor)
+                return None
+            given = np.ascontiguousarray(given)
+        address = _address(given)
+        if address == self._at[which]:
+            return given
+        tensor = place.over(address)
+        if tensor is not None:
+            self._bind(which, address, tensor)
+        else:
             # Half of what torch's own copy costs: no dispatch, no gradient, and bfloat16 is bytes like any other.
             memmove(place.address, address, place.array.nbytes)
-        else:
-            place.array[...] = as_numpy(given)
-        self._bind(which, 0, place.tensor)
+            self._bind(which, 0, place.tensor)
+        return given
+
+    def _apart(self, frame: Frame, out: Any) -> bool:
+        """Whether an output is contiguous, and shares no memory with what the op reads while it writes."""
+        if not (out.flags.c_contiguous if isinstance(out, np.ndarray) else out.is_contiguous()):
+            return False
+        begin = _address(out)
+        end = begin + frame.places[3].array.nbytes
+        inputs = zip(self._at, frame.places[:3], strict=False)
+        return all(at + place.array.nbytes <= begin or end <= at for at, place in inputs)
 
     def _bind(self, which: int, address: int, tensor: Any) -> None:
         if address == self._at[which]:
@@ -284,19 +288,23 @@ class BoundRequest:
             for tail, rows in zip(tails, saved, strict=True):
                 tail[...] = rows
 
-    def infer_on(self, frame: Frame, step: Step, arrays: tuple[Arrays, Arrays, Arrays, Arrays]) -> None:
-        """Run on q, k, v and into an output that are bound for this call alone: contiguous, in any shape."""
-        bind, bind_output = self._request.set_input_tensor, self._request.set_output_tensor
-        (q, k, v, out), (q_shape, k_shape, v_shape, out_shape) = arrays, frame.shapes
-        try:
-            bind(self._q, array_tensor(q, q_shape, self._dtype))
-            bind(self._k, array_tensor(k, k_shape, self._dtype))
-            bind(self._v, array_tensor(v, v_shape, self._dtype))
-            bind_output(0, array_tensor(out, out_shape, self._dtype))
-            self.infer_step(step)
-        finally:
-            # So that the request does not keep a prefill's arrays alive until the next call.
-            bind(self._q, frame.nothing[0])
-            bind(self._k, frame.nothing[1])
-            bind(self._v, frame.nothing[2])
-            bind_output(0, frame.nothing[3])
+
+def _address(array: Any) -> int:
+    if isinstance(array, np.ndarray):
+        return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+    return array.data_ptr()  # type: ignore[no-any-return]
+
+
+def _new(like: Any, place: Place) -> Any:
+    """Return a new output, of the library of `like`."""
+    shape = place.array.shape
+    return np.empty(shape, place.array.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
+
+
+def _put(out: Any, found: Any) -> Array:
+    """Copy a result into the caller's output."""
+    if isinstance(out, np.ndarray):
+        out[...] = found
+    else:
+        out.copy_(as_library(found, "torch"))
+    return out

@@ -86,13 +86,26 @@ def test_the_same_memory_with_other_numbers(layer: Layer, library: str) -> None:
 
 
 @pytest.mark.parametrize("library", ["torch", "numpy"])
-def test_an_output_that_is_the_query(library: str) -> None:
-    layer = Layer(SPECS["bound"])
+def test_an_output_that_is_the_query(layer: Layer, library: str) -> None:
     for seed in range(3):
         q, k, v = (torch.from_numpy(x) if library == "torch" else x for x in layer.arrays(3, seed))
         found, expected = layer.run(q, k, v, out=q)
         assert found is q
         assert near(found, expected)
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_an_output_of_any_strides(layer: Layer, library: str) -> None:
+    heads, size = layer.spec.num_heads, layer.spec.head_size
+    for seed in range(3):
+        arrays: list[Any] = layer.arrays(3, seed)
+        room: Any = np.zeros((3, heads, 2 * size), np.float32)
+        if library == "torch":
+            arrays, room = [torch.from_numpy(x) for x in arrays], torch.from_numpy(room)
+        for out in (room[:, :, :size], room[:, :, ::2], room.reshape(6, heads, size)[3:]):
+            found, expected = layer.run(*arrays, out=out)
+            assert found is out
+            assert near(found, expected)
 
 
 def test_what_is_not_contiguous_is_copied(layer: Layer) -> None:
