@@ -75,9 +75,10 @@ def _setup(
     # The bare request: a second one of the same compiled model on the same cache, all tensors bound for good.
     import openvino as ov
 
+    from attn_dispatch_openvino.frames import Frame
     from attn_dispatch_openvino.model import compiled, scalar
     from attn_dispatch_openvino.places import array_tensor
-    from attn_dispatch_openvino.requests import Frame, cache_tensors
+    from attn_dispatch_openvino.requests import cache_tensors
 
     work = plan.work  # type: ignore[attr-defined]
     model, program = compiled(work.route.program), work.route.program

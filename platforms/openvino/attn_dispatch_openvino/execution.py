@@ -19,9 +19,10 @@ from attn_dispatch.contract.dtypes import numpy_dtype, quantise
 from attn_dispatch.errors import CacheError
 
 from .device import device_name, num_threads
+from .frames import Frame, Frames
 from .layouts import PackedLayout
 from .model import ELEMENT, Program, compiled, core
-from .requests import Binding, BoundRequest, Frame, Frames, cache_tensors
+from .requests import Binding, BoundRequest, cache_tensors
 from .steps import Step, own_pages_step
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Requests with their tensors bound: one per layer's cache, and frames that they share. Imports OpenVINO.
+"""Requests with their tensors bound: one per layer over one cache. Imports OpenVINO.
 
 Binding a tensor costs 1.3 us and making one as much, so that a naive call spends more on its arguments than on
 attention. A `Frame` is a set of small tensors that stays: a step's numbers are copied into it (a `Step` once for all
@@ -9,7 +9,6 @@ it already has nothing to set.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from ctypes import memmove
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,14 +22,13 @@ from attn_dispatch.contract.arrays import as_library, as_numpy
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError
 
+from .frames import Frame
 from .layouts import PackedLayout
-from .model import Model, Program, scalar
+from .model import Model, scalar
 from .places import Place, array_tensor
 from .steps import Step
 
-__all__ = ["Binding", "BoundRequest", "Frame", "Frames", "cache_tensors"]
-
-_FRAMES_PER_THREAD = 16
+__all__ = ["Binding", "BoundRequest", "cache_tensors"]
 
 Arrays = npt.NDArray[Any]
 
@@ -58,76 +56,6 @@ def cache_tensors(cache: KVCache) -> tuple[Any, Any]:
         shape = (*array.shape[:3], cache.layout.row_elements(size)) if packed else array.shape  # type: ignore[attr-defined]
         tensors.append(array_tensor(array, ov.Shape(shape), cache.geometry.dtype))
     return tensors[0], tensors[1]
-
-
-class Frame:
-    """Tensors of one size of step, of one thread.
-
-    Attributes:
-        step: whose numbers are in it.
-        tensors: by input name.
-        places: of q, k, v and the output.
-    """
-
-    __slots__ = ("_longest", "lists", "places", "step", "tensors")
-
-    def __init__(self, program: Program, step: Step, tree: tuple[Arrays, Arrays] | None) -> None:
-        rows, p = step.num_rows, program
-        dtype = numpy_dtype(p.dtype)
-        self.step: Step | None = None
-        self.lists = [np.empty_like(array) for array in _lists(step)]
-        self._longest = np.zeros((), np.int32)
-        names = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
-        self.tensors = {
-            name: ov.Tensor(array, shared_memory=True) for name, array in zip(names, self.lists, strict=True)
-        }
-        self.tensors["max_context_len"] = ov.Tensor(self._longest, shared_memory=True)
-        if p.token_types:
-            self.tensors["token_type_ids"] = ov.Tensor(np.ones(rows, np.int32))
-        if tree is not None:
-            self.tensors["qq_bias"], self.tensors["qq_bias_begins"] = (ov.Tensor(array) for array in tree)
-        sizes = (
-            (p.num_heads, p.head_size),
-            (p.num_kv_heads, p.head_size),
-            (p.num_kv_heads, p.value_head_size),
-            (p.num_heads, p.value_head_size),
-        )
-        self.places = [
-            Place(np.zeros((rows, heads, size), dtype), ov.Shape([rows, heads * size]), p.dtype)
-            for heads, size in sizes
-        ]
-        self.tensors |= {name: place.tensor for name, place in zip("qkv", self.places, strict=False)}
-
-    def load(self, step: Step) -> None:
-        """Put a step's numbers into the tensors."""
-        for own, given in zip(self.lists, _lists(step), strict=True):
-            own[...] = given
-        self._longest[...] = step.longest
-        self.step = step
-
-
-def _lists(step: Step) -> tuple[Arrays, ...]:
-    return step.past_lens, step.begins, step.blocks, step.block_begins
-
-
-class Frames(threading.local):
-    """The frames of each thread, the least recently used dropped."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[object, Frame] = OrderedDict()
-
-    def get(self, key: object, program: Program, step: Step, tree: tuple[Arrays, Arrays] | None) -> Frame:
-        """Return this thread's frame of a size, loaded with a step."""
-        frame = self._known.get(key)
-        if frame is None:
-            frame = self._known[key] = Frame(program, step, tree)
-            if len(self._known) > _FRAMES_PER_THREAD:
-                self._known.popitem(last=False)
-        else:
-            self._known.move_to_end(key)
-        if frame.step is not step:
-            frame.load(step)
-        return frame
 
 
 @dataclass(slots=True, eq=False)
