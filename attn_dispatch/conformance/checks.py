@@ -255,6 +255,8 @@ def _bits(array: Arrays) -> npt.NDArray[np.uint8]:
 
 
 def _check_steps(problem: Problem, name: str, new: Arrays, stored: Arrays) -> None:
+    if not len(new):
+        return
     wide = new.astype(np.float32)
     dtype = problem.spec.kv_cache_dtype
     reach = np.abs(wide).max(axis=-1, keepdims=True)
