@@ -31,6 +31,12 @@ SPILLS: dict[tuple[str, str], int] = {
     ("gfx1201", "prefill, D 1024 bf16"): 138,
     ("gfx1201", "decode, D 1024 bf16"): 139,
     ("gfx1201", "decode, D 576 / 512 bf16 B 64, one kv head"): 106,
+    # An option that is off: beside its loop stands the one that computes a tile again.
+    ("sm_100", "decode, fixed maximum, D 128 fp16, int8 cache"): 10,
+    ("gfx1100", "decode, fixed maximum, D 128 bf16 B 16"): 144,
+    ("gfx1100", "decode, fixed maximum, D 128 fp16, int8 cache"): 108,
+    ("gfx1201", "decode, fixed maximum, D 128 bf16 B 16"): 6,
+    ("gfx1201", "decode, fixed maximum, D 128 fp16, int8 cache"): 1,
     # Heads that are no multiple of 16 elements: their rows are read element by element.
     ("sm_80", "prefill, D 72 bf16 B 1"): 140,
     ("sm_86", "prefill, D 72 bf16 B 1"): 148,

@@ -79,7 +79,7 @@ def _compile(target: Target, row: Row) -> Finding:
 
     accepted = bool(PagedBackend("triton/paged").verdict(row.spec))
     try:
-        result = compile_kernel(row.kernel, row.spec, target, row.paged, row.tiles)
+        result = compile_kernel(row.kernel, row.spec, target, row.paged, row.tiles, row.level)
     except Exception as error:  # Triton, LLVM and ptxas each refuse with types of their own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         against = f"{type(error).__name__}: {' '.join(lines)[:300]}"

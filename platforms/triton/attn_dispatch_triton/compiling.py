@@ -22,6 +22,7 @@ from attn_dispatch.contract import AttentionSpec
 
 from . import kernels
 from .constants import attend_constants, pass_constants, tile_sizes
+from .fixed_maximum import level_constants
 from .targets import Target
 from .tiles import Tiles, decode_tiles, padded, prefill_tiles
 
@@ -62,7 +63,12 @@ class Compiled:
 
 
 def compile_kernel(
-    name: str, spec: AttentionSpec, target: Target, paged: bool = True, tiles: Tiles | None = None
+    name: str,
+    spec: AttentionSpec,
+    target: Target,
+    paged: bool = True,
+    tiles: Tiles | None = None,
+    level: float | None = None,
 ) -> Compiled:
     """Compile one of `KERNELS` as a launch for this spec would have it.
 
@@ -72,6 +78,7 @@ def compile_kernel(
         target: the GPU.
         paged: keys are in a cache.
         tiles: others than a launch would choose.
+        level: the fixed maximum of `decode`; None: a running one.
 
     Raises:
         Exception: whatever Triton, LLVM or ptxas has against it.
@@ -80,7 +87,7 @@ def compile_kernel(
     if tiles is None:
         sizes, prefilled = tile_sizes(spec, paged), name == "prefill"
         tiles = prefill_tiles(target, *sizes) if prefilled else decode_tiles(target, *sizes, spec.group_size)
-    constants = _constants(name, spec, tiles, paged)
+    constants = _constants(name, spec, tiles, paged, level)
     signature = {n: "constexpr" if n in constants else _type(n, spec, paged) for n in function.arg_names}
     aligned = spec.head_size % 16 == 0 and spec.value_head_size % 16 == 0
     attributes = {
@@ -99,7 +106,7 @@ def compile_kernel(
     return Compiled(**found, shared_bytes=shared, seconds=round(seconds, 2))
 
 
-def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool) -> dict[str, Any]:
+def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool, level: float | None) -> dict[str, Any]:
     language = {"float32": triton.language.float32, "float16": triton.language.float16}
     ends = {"SINKS": spec.sinks, "LSE": spec.returns_lse}
     if name == "merge":
@@ -110,7 +117,7 @@ def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool) -> dic
         return {"BLOCK_SIZE": spec.block_size, "WIDTH": width, "ROWS": 16, "BLOCK_WIDTH": padded(width)}
     found = {**attend_constants(spec, paged, False), **pass_constants(spec, tiles)}
     found["COMPUTE"] = language.get(found["COMPUTE"], triton.language.bfloat16)
-    return found if name == "decode" else found | ends
+    return found | (level_constants(spec, paged, level) if name == "decode" else ends)
 
 
 def _type(name: str, spec: AttentionSpec, paged: bool) -> str:

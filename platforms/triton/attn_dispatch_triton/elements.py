@@ -78,15 +78,22 @@ def attend_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
+    LEVEL: tl.constexpr = None,
 ):
     """Return (sum of weighted values f32[BLOCK_M, BLOCK_DV], peak, total of weights) over keys begin..end.
 
-    `begin` is a multiple of BLOCK_N. Nothing outside begin..end is read.
+    `begin` is a multiple of BLOCK_N. Nothing outside begin..end is read. Weights are relative to the peak, or to LEVEL
+    if there is one: then the peak is relative to it too, and the caller sees to it that it is not too far away.
     """
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_DV)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    if LEVEL is None:
+        peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        # Each place of a step keeps its own until the end: threads do not wait for each other in between.
+        peak = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     key_base = key + kv_head.to(tl.int64) * key_head
     value_base = value + kv_head.to(tl.int64) * value_head
@@ -131,13 +138,19 @@ def attend_keys(
         if RIGHT >= 0:
             seen = seen & (ahead <= RIGHT)
         scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet has no peak to subtract.
-        level = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - level[:, None])
-        shrink = tl.exp2(peak - level)
-        total = total * shrink + tl.sum(weights, 1)
-        peak = higher
+        if LEVEL is None:
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            # A row that has seen nothing yet has no peak to subtract.
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            weights = tl.exp2(scores - level[:, None])
+            shrink = tl.exp2(peak - level)
+            total = total * shrink + tl.sum(weights, 1)
+            peak = higher
+        else:
+            scores -= LEVEL
+            weights = tl.exp2(scores)
+            total += weights
+            peak = tl.maximum(peak, scores)
         if VALUE_SIZE == BLOCK_DV:
             values = tl.load(value_base + value_at[:, None] + e[None, :], mask=live[:, None], other=0)
         else:
@@ -150,5 +163,11 @@ def attend_keys(
             # The interpreter multiplies bfloat16's bits as if they were numbers.
             values = values.to(tl.float32)
             weights = weights.to(tl.float32)
-        sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
+        if LEVEL is None:
+            sums = tl.dot(weights, values, sums * shrink[:, None], input_precision="ieee")
+        else:
+            sums = tl.dot(weights, values, sums, input_precision="ieee")
+    if LEVEL is not None:
+        peak = tl.max(peak, 1)
+        total = tl.sum(total, 1)
     return sums, peak, total

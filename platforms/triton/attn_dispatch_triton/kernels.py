@@ -4,7 +4,8 @@ A tile is BLOCK_M rows of one sequence and one key/value head. A row is one quer
 it: row r of a sequence is token r // GROUP, head r % GROUP, so that grouped heads read each key once.
 
 Shapes: S sequences, T query tokens, H query heads, K key/value heads, D and Dv head sizes, M blocks per sequence.
-Splitting decode over keys: FlashDecoding (Dao et al., 2023); running softmax: FlashAttention-2 (Dao, 2023).
+Splitting decode over keys: FlashDecoding (Dao et al., 2023); running softmax: FlashAttention-2 (Dao, 2023);
+a fixed maximum instead: FlashDecoding++ (Hong et al., 2023), see `fixed_maximum`.
 """
 
 # The language of kernels has no static types.
@@ -222,8 +223,15 @@ def decode(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     STAGES: tl.constexpr,
+    LEVEL: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
 ):
-    """Attend one tile of rows to one part of its keys. Grid: (tiles, K, splits)."""
+    """Attend one tile of rows to one part of its keys. Grid: (tiles, K, splits).
+
+    With a LEVEL (FlashDecoding++) weights are relative to it, and the tile is computed again, with a running maximum,
+    where a row's largest weight is not within 2^LOWEST..2^HIGHEST.
+    """
     item = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -248,8 +256,20 @@ def decode(
         queries, query_at, slope, begin, end, key, value, block_table + sequence.to(tl.int64) * table_width, first_row,
         kv_head, scale, cap, key_page, key_head, key_token, value_page, value_head, value_token, PAGED, BLOCK_SIZE,
         HEAD_SIZE, VALUE_SIZE, STORED, COMPUTE, INTERPRETED, CAUSAL, LEFT, RIGHT, CAPPED, ALIBI, BLOCK_M, BLOCK_N,
-        BLOCK_D, BLOCK_DV, STAGES,
+        BLOCK_D, BLOCK_DV, STAGES, LEVEL,
     )  # fmt: skip
+    if LEVEL is not None:
+        # A row that sees nothing has no score to be far away. NaN stays NaN either way.
+        far = there & (peak > float("-inf")) & ((peak < LOWEST) | (peak > HIGHEST))
+        peak = tl.full([BLOCK_M], LEVEL, tl.float32)
+        if tl.max(far.to(tl.int32), 0) > 0:
+            # Seldom: with a single step under way it takes the fewest registers from the loop above.
+            sums, peak, total = attend_keys(
+                queries, query_at, slope, begin, end, key, value, block_table + sequence.to(tl.int64) * table_width,
+                first_row, kv_head, scale, cap, key_page, key_head, key_token, value_page, value_head, value_token,
+                PAGED, BLOCK_SIZE, HEAD_SIZE, VALUE_SIZE, STORED, COMPUTE, INTERPRETED, CAUSAL, LEFT, RIGHT, CAPPED,
+                ALIBI, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, 1,
+            )  # fmt: skip
     nothing = total == 0.0
     share = tl.where(nothing, 1.0, total)
     at = ((item.to(tl.int64) * tl.num_programs(1) + kv_head) * splits + split) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -21,6 +21,7 @@ from attn_dispatch.errors import CacheError
 
 from . import kernels
 from .constants import attend_constants, pass_constants, tile_sizes
+from .fixed_maximum import fixed_maximum, level_constants
 from .packing import Packed
 from .planning import I32, Work, longest_span, num_splits, split_work, tiles_of
 from .targets import INTERPRETER, Target, target_of
@@ -160,8 +161,12 @@ def step_on(
         device: where the tensors are.
         paged: keys are in a cache.
         capacity: keys that a sequence may have when the step is renewed; None: it is for this batch alone.
+
+    Raises:
+        EnvironmentVariableError: `fixed_maximum.VARIABLE` is not a number.
     """
     target, processors = _machine(device)
+    level = fixed_maximum()
     decoded, prefilled = split_work(view)
     longest = int(view.query_lens[decoded].max(initial=1)) * spec.group_size
     sizes = tile_sizes(spec, paged)
@@ -188,7 +193,11 @@ def step_on(
             there[4 + 2 * i],
             there[5 + 2 * i],
             splits,
-            {**_constants(spec, paged), **pass_constants(spec, tiles)},
+            {
+                **_constants(spec, paged),
+                **pass_constants(spec, tiles),
+                **(level_constants(spec, paged, level) if splits > 1 else {}),
+            },
         )
         for i, (_, tiles, splits) in enumerate(parts)
     )

@@ -24,6 +24,7 @@ class Row:
         paged: keys are in a cache.
         rare: compiled with `--all` only.
         tiles: others than a launch would choose: of layers that the verdict refuses, so that none are chosen.
+        level: the fixed maximum of `decode`; None: a running one.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Row:
     paged: bool = True
     rare: bool = False
     tiles: Tiles | None = None
+    level: float | None = None
 
     @property
     def spec(self) -> AttentionSpec:
@@ -75,6 +77,12 @@ def rows() -> Iterator[Row]:
             yield Row(f"{kernel}, {name}", kernel, fields, rare=True)
     latent = {"head_size": 576, "value_head_size": 512, "num_kv_heads": 1, "block_size": 64}
     yield Row("decode, D 576 / 512 bf16 B 64, one kv head", "decode", latent)
+    fixed: dict[str, dict[str, Any]] = {
+        "D 128 bf16 B 16": {"block_size": 16},
+        "D 128 fp16, int8 cache": {"dtype": "float16", "kv_cache_dtype": "int8"},
+    }
+    for name, fields in fixed.items():
+        yield Row(f"decode, fixed maximum, {name}", "decode", fields, level=0.0)
     yield Row("undivided, D 128 bf16 B 16", "undivided", {"block_size": 16})
     encoder = {"head_size": 64, "kind": "encoder", "dtype": "float16", "window": (63, 64)}
     yield Row("prefill, D 64 fp16, encoder without a cache", "prefill", encoder, paged=False)

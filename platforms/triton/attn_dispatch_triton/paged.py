@@ -1,6 +1,12 @@
 """`triton/paged`: one portable pair of Triton kernels over paged caches, for GPUs where no vendor's wheel is installed.
 
 Loading this imports neither torch nor triton. What computes is in `launch` and `kernels`.
+
+`ATTN_DISPATCH_TRITON_FIXED_MAXIMUM=<number>`, read when a step is planned, is FlashDecoding++ for decodes whose keys
+are split: weights relative to that natural exponent, with a running maximum for tiles that have a row whose largest
+score is too far from it (float16: over 2.7 below or 10.3 above; bfloat16 and float32: over 27 either way). Results stay
+inside the same tolerance. It is off by default: no GPU has measured whether it is faster, and on RDNA it spills
+registers (the compile cell says how many). See `fixed_maximum`.
 """
 
 from __future__ import annotations
