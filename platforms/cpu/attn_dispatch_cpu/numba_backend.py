@@ -137,6 +137,8 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str = "") -> Array:
     if isinstance(like, np.ndarray):
         return np.empty(shape, dtype or like.dtype)
     torch = sys.modules["torch"]
+    if not dtype and like.shape == shape and like.is_contiguous():
+        return torch.empty_like(like, requires_grad=False)  # half of what asking with a shape costs
     return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else like.dtype)
 
 

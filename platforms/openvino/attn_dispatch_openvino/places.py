@@ -7,12 +7,15 @@ tensor over it is kept, and binding it again costs little; binding what is bound
 
 from __future__ import annotations
 
+import sys
 from ctypes import c_char
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
+
+from attn_dispatch.contract.arrays import as_library
 
 from .model import ELEMENT
 
@@ -41,7 +44,7 @@ class Place:
         large: copying costs more than making a tensor. The room of such a place is never touched, and so costs nothing.
     """
 
-    __slots__ = ("_dtype", "_known", "_shape", "address", "array", "large", "small", "tensor")
+    __slots__ = ("_dtype", "_known", "_like", "_shape", "address", "array", "large", "small", "tensor")
 
     def __init__(self, array: Arrays, shape: Any, dtype: str) -> None:
         self.array, self.address = array, array.ctypes.data
@@ -49,6 +52,15 @@ class Place:
         self.small, self.large = array.nbytes <= _SMALL_BYTES, array.nbytes > _LARGE_BYTES
         self._shape, self._dtype = shape, dtype
         self._known: dict[int, Any] = {}
+        self._like: Any = None
+
+    def new(self, *, numpy: bool) -> Any:
+        """Return a new array of this size, of NumPy or of torch."""
+        if numpy:
+            return np.empty(self.array.shape, self.array.dtype)
+        if self._like is None:
+            self._like = as_library(self.array, "torch")
+        return sys.modules["torch"].empty_like(self._like)  # half of what asking with a shape costs
 
     def over(self, address: int) -> Any:
         """Return a tensor over the memory at an address, or None when it is better copied: it was not met before.

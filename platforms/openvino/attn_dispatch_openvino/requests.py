@@ -148,7 +148,7 @@ class BoundRequest:
             self._bind(3, 0, place.tensor)
             self.infer_step(step)
             return place.array.copy() if out is None else _put(out, place.array)
-        made = out if out is not None and self._apart(frame, out) else _new(q, place)
+        made = out if out is not None and self._apart(frame, out) else place.new(numpy=numpy)
         address = _address(made)
         if address != self._at[3]:
             tensor = place.over(address)
@@ -221,12 +221,6 @@ def _address(array: Any) -> int:
     if isinstance(array, np.ndarray):
         return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
     return array.data_ptr()  # type: ignore[no-any-return]
-
-
-def _new(like: Any, place: Place) -> Any:
-    """Return a new output, of the library of `like`."""
-    shape = place.array.shape
-    return np.empty(shape, place.array.dtype) if isinstance(like, np.ndarray) else like.new_empty(shape)
 
 
 def _put(out: Any, found: Any) -> Array:

@@ -31,6 +31,7 @@ NAMES += ["everything", "sinks and LSE", "window of 1", "window of 1, long decod
 NAMES += ["float8_e4m3fn cache bfloat16", "float8_e5m2 cache, scaled", "int8 cache, scaled", "int8 cache float32"]
 NAMES += ["cross, an empty encoder", "padding sequence", "speculative verify", "block boundaries", "shared cache"]
 NAMES += ["one long sequence", "one long sequence bfloat16", "float16 cache of float32", "Dv != D float16"]
+FAR = [f"mixed {dtype}" for dtype in DTYPES] + ["everything", "int8 cache, scaled", "speculative verify"]
 
 
 @pytest.fixture
@@ -69,8 +70,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return seen
 
 
-@pytest.mark.parametrize("level", ["0", "200", "-200"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("level", "name"), [("0", name) for name in NAMES] + [(far, name) for far in ("200", "-200") for name in FAR]
+)
 def test_the_kit_passes(
     name: str, level: str, backend: PagedBackend, splits: None, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
