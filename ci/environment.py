@@ -1,7 +1,7 @@
-"""Environments for cells: packages once per hash of their pins, this checkout on top. Standard library only.
+"""Environments for jobs: packages once per hash of their pins, this checkout on top. Standard library only.
 
 The packages live in a folder of the user's cache, made whole or not at all, shared by every checkout and never changed
-afterwards. Each checkout has thin environments of its own (`.env/CELL`) which look into that folder and hold the
+afterwards. Each checkout has thin environments of its own (`.env/JOB`) which look into that folder and hold the
 repository's distributions, editable.
 """
 
@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from cells import ROOT, Cell
+from jobs import ROOT, Job, jobs
 
 Say = Callable[[str], None]
 
@@ -56,57 +57,59 @@ def python_of(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def environment(cell: Cell, say: Say) -> Path:
-    """Return the interpreter of the cell's environment for this checkout, building what is missing.
+def environment(job: Job, say: Say) -> Path:
+    """Return the interpreter of the job's environment for this checkout, building what is missing.
 
     Raises:
         CannotBuild: no such Python, or the packages cannot be installed.
     """
-    packages = _packages(cell, say)
-    folder = ROOT / ".env" / cell.name
+    packages = _packages(job, say)
+    folder = ROOT / ".env" / job.name
     stamp = folder / "made-for"
-    wanted = "\n".join([str(packages), *map(str, cell.folders), *(p.read_text() for p in _projects(cell))])
+    wanted = "\n".join([str(packages), *map(str, job.folders), *map(_metadata, job.folders)])
     if not (stamp.exists() and stamp.read_text() == wanted):
         say("installing this checkout")
         shutil.rmtree(folder, ignore_errors=True)
-        _run([interpreter(cell.python), "-m", "venv", str(folder)])
+        _run([interpreter(job.python), "-m", "venv", str(folder)])
         site = _site_packages(folder)
         (site / "packages.pth").write_text(f"import site; site.addsitedir({str(_site_packages(packages))!r})\n")
         install = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        for distribution in cell.folders:
+        for distribution in job.folders:
             install += ["-e", str(distribution)]
         _run(install)
         # An editable install leaves byte code to the first import, which a cost of import should not be measured with.
-        sources = [str(path) for f in cell.folders for path in f.glob("attn_dispatch*") if path.is_dir()]
+        sources = [str(path) for f in job.folders for path in f.glob("attn_dispatch*") if path.is_dir()]
         _run([str(python_of(folder)), "-m", "compileall", "-q", *sources])
         stamp.write_text(wanted)
     return python_of(folder)
 
 
-def _projects(cell: Cell) -> list[Path]:
-    return [folder / "pyproject.toml" for folder in cell.folders]
+def _metadata(folder: Path) -> str:
+    """What an installation of this distribution depends on: its pyproject.toml without the tools' tables."""
+    tables = tomllib.loads((folder / "pyproject.toml").read_text())
+    return repr([tables.get("project"), tables.get("build-system"), tables.get("tool", {}).get("hatch")])
 
 
-def _packages(cell: Cell, say: Say) -> Path:
-    """Return the folder with the cell's third-party packages."""
-    final = cache_folder() / f"{cell.python}-{cell.key()}"
+def _packages(job: Job, say: Say) -> Path:
+    """Return the folder with the job's third-party packages."""
+    final = cache_folder() / f"{job.python}-{job.key()}"
     if final.exists():
         return final
-    python = interpreter(cell.python)
+    python = interpreter(job.python)
     final.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{final.name}.", dir=final.parent))
     try:
-        say(f"installing packages, once: {' '.join(cell.pins) or 'the core and its tests'}")
+        say(f"installing packages, once: {' '.join(job.pins) or 'the core and its tests'}")
         _run([python, "-m", "venv", str(building)])
         pip = [str(python_of(building)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        (building / "constraints.txt").write_text("\n".join(cell.constraints()))
+        (building / "constraints.txt").write_text("\n".join(job.constraints()))
         constraints = ["-c", str(building / "constraints.txt")]
-        torch = [pin for pin in cell.pins if pin.partition("==")[0] == "torch"]
+        torch = [pin for pin in job.pins if pin.partition("==")[0] == "torch"]
         for pin in torch:
-            _install_torch(pip, pin, cell, say)
-        _run([*pip, *constraints, *(r for r in cell.requirements() if r not in torch), *torch])
-        if cell.alone:
-            _run([*pip, "--no-deps", *cell.alone])
+            _install_torch(pip, pin, job, say)
+        _run([*pip, *constraints, *(r for r in job.requirements() if r not in torch), *torch])
+        if job.alone:
+            _run([*pip, "--no-deps", *job.alone])
         # Another checkout may have been faster: whoever renames first wins, the loser's work is thrown away.
         if not final.exists():
             building.rename(final)
@@ -115,9 +118,9 @@ def _packages(cell: Cell, say: Say) -> Path:
     return final
 
 
-def _install_torch(pip: list[str], pin: str, cell: Cell, say: Say) -> None:
+def _install_torch(pip: list[str], pin: str, job: Job, say: Say) -> None:
     """Install torch without CUDA, wherever a CPU build of that version can be had."""
-    if cell.needs:  # the build for the hardware is what the cell is about
+    if job.needs:  # the build for the hardware is what the job is about
         _run([*pip, pin])
         return
     if sys.platform == "darwin" or _try([*pip, f"{pin}+cpu"]):
@@ -130,7 +133,7 @@ def _install_torch(pip: list[str], pin: str, cell: Cell, say: Say) -> None:
         [python, "-m", "uv", "pip", "install", "-q", "--python", python, "--torch-backend", "cpu", pin]
     ):
         return
-    if not cell.any_torch:
+    if not job.any_torch:
         raise CannotBuild(f"no CPU build of {pin} can be had here, and several GB of CUDA are not taken instead")
     say(f"no CPU build of {pin} can be had here: taking the default build, with its CUDA packages")
     _run([*pip, "--no-cache-dir", pin])
@@ -150,3 +153,14 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         raise CannotBuild(f"{' '.join(command[:6])} ... failed:\n{done.stdout[-3000:]}")
+
+
+if __name__ == "__main__":
+    # The interpreter of a job's environment, for work by hand: `$(python3 ci/environment.py core) -m pytest tests`.
+    chosen = next((job for job in jobs() if job.name in sys.argv[1:]), None)
+    if chosen is None:
+        sys.exit(f"usage: environment.py JOB, one of {', '.join(job.name for job in jobs())}")
+    try:
+        print(environment(chosen, lambda text: print(text, file=sys.stderr, flush=True)))
+    except CannotBuild as error:
+        sys.exit(str(error))

@@ -1,6 +1,6 @@
 """Run the command line from a fresh checkout: `python3 ci/start.py generate "Why is the sky blue?"`.
 
-Makes the environment of the cell `generate` (the CPU build of torch, never several GB of CUDA, unless an NVIDIA GPU is
+Makes the environment of the job `generate` (the CPU build of torch, never several GB of CUDA, unless an NVIDIA GPU is
 here), then runs `attn-dispatch` with whatever follows. Standard library only.
 """
 
@@ -9,15 +9,15 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from cells import cells
 from environment import CannotBuild, environment
+from jobs import jobs
 
 
 def main() -> int:
     """Set up, then hand over."""
-    cell = next(cell for cell in cells() if cell.name == "generate")
+    job = next(job for job in jobs() if job.name == "generate")
     try:
-        python = environment(cell, lambda text: print(f"[set-up] {text}", file=sys.stderr, flush=True))
+        python = environment(job, lambda text: print(f"[set-up] {text}", file=sys.stderr, flush=True))
     except CannotBuild as error:
         print(f"[set-up] {error}", file=sys.stderr)
         return 2

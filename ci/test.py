@@ -1,7 +1,7 @@
-"""Pass the tests: `python3 ci/test.py` runs every cell that can run on this machine, each in its own environment.
+"""Pass the tests: `python3 ci/test.py` runs every job that can run on this machine, each in its own environment.
 
-`python3 ci/test.py CELL...` runs some; `--list` shows the matrix. A cell whose hardware or Python is absent says so and
-is never counted as passed. Exit status 0: everything that ran passed; 1: something failed; 2: no such cell.
+`python3 ci/test.py JOB...` runs some; `--list` shows the matrix. A job whose hardware or Python is absent says so and
+is never counted as passed. Exit status 0: everything that ran passed; 1: something failed; 2: no such job.
 Standard library only: it is what a new machine runs first.
 """
 
@@ -20,15 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cells import ROOT, Cell, cells
 from environment import CannotBuild, environment, interpreter
+from jobs import ROOT, Job, jobs
 
 
 @dataclass
 class Result:
-    """What became of a cell."""
+    """What became of a job."""
 
-    cell: Cell
+    job: Job
     state: str  # passed | FAILED | not run
     why: str = ""
     seconds: float = 0.0
@@ -43,39 +43,39 @@ def hardware() -> set[str]:
     return {device.kind for device in detect().devices if not device.integrated}
 
 
-def run_cell(cell: Cell, here: set[str], print_lock: threading.Lock) -> Result:
-    """Build a cell's environment and run its commands."""
+def run_job(job: Job, here: set[str], print_lock: threading.Lock) -> Result:
+    """Build a job's environment and run its commands."""
     started = time.monotonic()
 
     def say(text: str) -> None:
         with print_lock:
-            print(f"[{cell.name}] {text}", flush=True)
+            print(f"[{job.name}] {text}", flush=True)
 
-    if cell.needs and cell.needs not in here:
-        return Result(cell, "not run", f"needs {cell.needs}")
+    if job.needs and job.needs not in here:
+        return Result(job, "not run", f"needs {job.needs}")
     try:
-        interpreter(cell.python)
+        interpreter(job.python)
     except CannotBuild as error:
-        return Result(cell, "not run", str(error))
+        return Result(job, "not run", str(error))
     try:
-        python = environment(cell, say)
+        python = environment(job, say)
     except CannotBuild as error:
-        return Result(cell, "FAILED", str(error), time.monotonic() - started)
-    # `python` is the cell's; what the caller's shell had installed does not count.
+        return Result(job, "FAILED", str(error), time.monotonic() - started)
+    # `python` is the job's; what the caller's shell had installed does not count.
     path = os.pathsep.join([str(python.parent), os.environ.get("PATH", "")])
     dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environ = {k: v for k, v in os.environ.items() if k not in dropped} | {"PATH": path}
-    # Cells run side by side: threads that spin while they wait would take each other's cores.
+    # Jobs run side by side: threads that spin while they wait would take each other's cores.
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for command in cell.commands:
+    for command in job.commands:
         say(command)
-        code, output = _command(command, environ, cell.minutes * 60)
+        code, output = _command(command, environ, job.minutes * 60)
         with print_lock:
-            print("\n".join(f"[{cell.name}] {line}" for line in output.splitlines()[-60 if code else -6 :]), flush=True)
+            print("\n".join(f"[{job.name}] {line}" for line in output.splitlines()[-60 if code else -6 :]), flush=True)
         if code:
             why = f"{command}: " + ("took too long" if code == -signal.SIGKILL else f"exit status {code}")
-            return Result(cell, "FAILED", why, time.monotonic() - started)
-    return Result(cell, "passed", "", time.monotonic() - started)
+            return Result(job, "FAILED", why, time.monotonic() - started)
+    return Result(job, "passed", "", time.monotonic() - started)
 
 
 def _command(command: str, environ: dict[str, str], limit_s: float) -> tuple[int, str]:
@@ -97,33 +97,33 @@ def _command(command: str, environ: dict[str, str], limit_s: float) -> tuple[int
 
 
 def main() -> int:
-    """Run cells and print what became of each."""
+    """Run jobs and print what became of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cell", nargs="*", help="cells to run (default: all)")
+    parser.add_argument("job", nargs="*", help="jobs to run (default: all)")
     parser.add_argument("--list", action="store_true", help="show the matrix")
-    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="cells at a time")
+    parser.add_argument("--parallel", type=int, default=min(2, os.cpu_count() or 1), help="how many jobs run at a time")
     options = parser.parse_args()
-    matrix = cells()
-    unknown = set(options.cell) - {cell.name for cell in matrix}
+    matrix = jobs()
+    unknown = set(options.job) - {job.name for job in matrix}
     if unknown:
-        print(f"no such cell: {', '.join(sorted(unknown))}. Known: {', '.join(cell.name for cell in matrix)}")
+        print(f"no such job: {', '.join(sorted(unknown))}. Known: {', '.join(job.name for job in matrix)}")
         return 2
-    chosen = [cell for cell in matrix if not options.cell or cell.name in options.cell]
+    chosen = [job for job in matrix if not options.job or job.name in options.job]
     here = hardware()
     if options.list:
-        for cell in chosen:
-            state = "" if not cell.needs or cell.needs in here else f"  (not run here: needs {cell.needs})"
-            print(f"{cell.name:<20} python {cell.python}  {' '.join(cell.pins)}{state}")
+        for job in chosen:
+            state = "" if not job.needs or job.needs in here else f"  (not run here: needs {job.needs})"
+            print(f"{job.name:<20} python {job.python}  {' '.join(job.pins)}{state}")
         return 0
     # Those that may take longest begin first.
-    chosen.sort(key=lambda cell: -cell.minutes)
+    chosen.sort(key=lambda job: -job.minutes)
     lock = threading.Lock()
-    with ThreadPoolExecutor(max_workers=max(1, options.jobs)) as pool:
-        results = list(pool.map(lambda cell: run_cell(cell, here, lock), chosen))
+    with ThreadPoolExecutor(max_workers=max(1, options.parallel)) as pool:
+        results = list(pool.map(lambda job: run_job(job, here, lock), chosen))
     print("\nThe matrix:")
     for result in results:
         why = f": {result.why}" if result.why else ""
-        print(f"  {result.cell.name:<20} {result.state:<8} {result.seconds:6.0f} s{why}")
+        print(f"  {result.job.name:<20} {result.state:<8} {result.seconds:6.0f} s{why}")
     counts = {state: sum(r.state == state for r in results) for state in ("passed", "FAILED", "not run")}
     print(f"\ncells: {counts['passed']} passed, {counts['FAILED']} failed, {counts['not run']} not run")
     if not counts["passed"] and not counts["FAILED"]:

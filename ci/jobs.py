@@ -1,6 +1,7 @@
-"""The matrix: one cell per environment, read from every pyproject.toml. Standard library only.
+"""The matrix: one job per environment, read from every pyproject.toml. Standard library only.
 
-A cell is `[[tool.attn-dispatch.ci.cells]]` in `pyproject.toml` (the core's) or `platforms/*/pyproject.toml`:
+A job is `[[tool.attn-dispatch.ci.jobs]]` in `pyproject.toml` (the core's), `platforms/*/pyproject.toml` or
+`clients/*/pyproject.toml`:
 
     name       unique
     needs      hardware without which it is not run: "" | "nvidia" | "amd" | "intel-gpu" | "tpu"
@@ -9,9 +10,9 @@ A cell is `[[tool.attn-dispatch.ci.cells]]` in `pyproject.toml` (the core's) or 
     no-deps    requirements, exact, of which only the package itself is wanted
     extras     extras of the distribution itself
     core       extras of attn-dispatch (["conformance"] by default)
-    with       other platforms of this repository that are installed beside
+    with       other platforms or clients of this repository that are installed beside
     any-torch  true: take torch's default build where no CPU build of that version can be had (several GB)
-    commands   run in the repository's root, with the cell's Python as `python`
+    commands   run in the repository's root, with the job's Python as `python`
     minutes    limit for the commands (20)
 """
 
@@ -32,7 +33,7 @@ NEEDS = {"", "nvidia", "amd", "intel-gpu", "tpu"}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Job:
     """One row of the matrix."""
 
     name: str
@@ -51,20 +52,20 @@ class Cell:
     @property
     def folders(self) -> list[Path]:
         """The distributions that are installed from this checkout, the core first."""
-        folders = [ROOT, *(ROOT / "platforms" / name for name in self.beside)]
+        folders = [ROOT, *map(_folder, self.beside)]
         return folders if self.folder == ROOT else [*folders, self.folder]
 
     def requirements(self) -> list[str]:
         """Everything that must be installed, without this repository's own distributions."""
         wanted = [*self.pins, *_requirements(ROOT, ("cli", *self.core)), "hatchling", "hatch-vcs", "editables"]
         for name in self.beside:
-            wanted += _requirements(ROOT / "platforms" / name, ())
+            wanted += _requirements(_folder(name), ())
         if self.folder != ROOT:
             wanted += _requirements(self.folder, self.extras)
         return list(dict.fromkeys(wanted))
 
     def constraints(self) -> list[str]:
-        """Versions of everything else; the cell's own pins come first."""
+        """Versions of everything else; the job's own pins come first."""
         pinned = {pin.partition("==")[0] for pin in self.pins}
         lines = (ROOT / "ci" / "constraints.txt").read_text().split()
         return [line for line in lines if line.partition("==")[0] not in pinned]
@@ -73,6 +74,12 @@ class Cell:
         """The hash under which its environment is kept."""
         parts = [self.python, *self.requirements(), *self.alone, *self.constraints(), str(self.any_torch), sys.platform]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _folder(name: str) -> Path:
+    """The folder of a platform or a client of this repository."""
+    platform = ROOT / "platforms" / name
+    return platform if platform.exists() else ROOT / "clients" / name
 
 
 def _requirements(folder: Path, extras: tuple[str, ...]) -> list[str]:
@@ -94,29 +101,30 @@ def _requirements(folder: Path, extras: tuple[str, ...]) -> list[str]:
     return [*wanted, *(_requirements(ROOT, tuple(core)) if core else [])]
 
 
-def cells() -> list[Cell]:
-    """Every cell of the repository.
+def jobs() -> list[Job]:
+    """Every job of the repository.
 
     Raises:
-        ValueError: a cell is not well formed, or two have one name.
+        ValueError: a job is not well formed, or two have one name.
     """
-    found: list[Cell] = []
-    for file in [ROOT / "pyproject.toml", *sorted(ROOT.glob("platforms/*/pyproject.toml"))]:
+    matrix: list[Job] = []
+    plugins = sorted(ROOT.glob("platforms/*/pyproject.toml")) + sorted(ROOT.glob("clients/*/pyproject.toml"))
+    for file in [ROOT / "pyproject.toml", *plugins]:
         tool = tomllib.loads(file.read_text()).get("tool", {}).get("attn-dispatch", {})
-        found += [_cell(file, row) for row in tool.get("ci", {}).get("cells", [])]
-    names = [cell.name for cell in found]
+        matrix += [_job(file, row) for row in tool.get("ci", {}).get("jobs", [])]
+    names = [job.name for job in matrix]
     if len(set(names)) != len(names):
-        raise ValueError(f"two cells have one name: {sorted(names)}")
-    return found
+        raise ValueError(f"two jobs have one name: {sorted(names)}")
+    return matrix
 
 
-def _cell(file: Path, row: dict[str, Any]) -> Cell:
+def _job(file: Path, row: dict[str, Any]) -> Job:
     unknown = set(row) - KEYS
     if unknown or "name" not in row or not row.get("commands") or row.get("needs", "") not in NEEDS:
         raise ValueError(
-            f"{file}: cell {row.get('name')}: unknown keys {sorted(unknown)}, or no name, commands or needs"
+            f"{file}: job {row.get('name')}: unknown keys {sorted(unknown)}, or no name, commands or needs"
         )
-    return Cell(
+    return Job(
         name=row["name"],
         folder=file.parent,
         commands=tuple(row["commands"]),
@@ -133,5 +141,5 @@ def _cell(file: Path, row: dict[str, Any]) -> Cell:
 
 
 if __name__ == "__main__":
-    # For the hosted matrix: cells that a machine without an accelerator can run.
-    json.dump([{"name": c.name, "python": c.python} for c in cells() if not c.needs], sys.stdout)
+    # For the hosted matrix: jobs that a machine without an accelerator can run.
+    json.dump([{"name": c.name, "python": c.python} for c in jobs() if not c.needs], sys.stdout)
