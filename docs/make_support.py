@@ -5,11 +5,11 @@ A report is what `attn-dispatch verify --json` printed on some machine. Nothing 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from attn_dispatch.conformance import Row, as_markdown
+from attn_dispatch.conformance import as_markdown
+from attn_dispatch.conformance.table import Row, rows_of
 
 DOCS = Path(__file__).parent
 HEAD = """# What runs where
@@ -19,19 +19,18 @@ wrote on the machines that they name. *yes*: every case of that feature passed, 
 mistakes that it should. *partly*: some cases are refused. *no*: refused by verdict. *not run*: nothing exercised it.
 
 How a row is known: *ran* on that hardware; *ran on CPU* through the vendor's real runtime; *simulated on CPU*. Of
-*compiled* (by the vendor's real compiler) and *interface* (calls held against the vendor's real package) nothing ran:
-such a cell says that instead of *yes*, and the tables at the end what was found.
+*compiled* (by the vendor's real compiler) and *interface* (calls checked against the vendor's real package) nothing
+ran: such an entry says that instead of *yes*, and the tables at the end what was found.
 
 """
 
 
 def support() -> str:
     """Return the page."""
-    rows = []
+    rows: list[Row] = []
     for file in sorted((DOCS / "evidence").glob("*.json")):
-        data = json.loads(file.read_text())
-        rows += [Row.from_dict(row) for row in data.get("rows", [])]
-    # The reference first: it is what the others are held against.
+        rows += rows_of(file)
+    # The reference first: it is what the others are compared with.
     rows.sort(key=lambda row: (row.backend != "reference", row.backend))
     tables = [file.read_text().strip() for file in sorted((DOCS / "evidence").glob("*.md"))]
     return HEAD + as_markdown(rows) + "".join(f"\n{table}\n" for table in tables)

@@ -13,7 +13,7 @@ from attn_dispatch.backend import Plan, Verdict
 from attn_dispatch.conformance.cases import CASES
 from attn_dispatch.conformance.checks import ConformanceError, run_case
 from attn_dispatch.conformance.merging import check_merging
-from attn_dispatch.conformance.requests import check_bad_call
+from attn_dispatch.conformance.rejections import check_bad_call
 from attn_dispatch.contract import AttentionSpec, LayerParameters
 from attn_dispatch.merge import merge_states
 from attn_dispatch.reference import ReferenceBackend

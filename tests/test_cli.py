@@ -104,8 +104,8 @@ def test_verify_fails_on_a_backend_that_is_wrong(tmp_path: Path) -> None:
     done = run(*arguments, **environ)
     assert done.returncode == 1
     (row,) = json.loads(done.stdout)["rows"]
-    assert row["cells"][0]["state"] == "FAILED"
-    assert "clause 6" in row["cells"][0]["detail"]
+    assert row["entries"][0]["state"] == "FAILED"
+    assert "clause 6" in row["entries"][0]["detail"]
 
 
 def test_verify_writes_its_table(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from attn_dispatch import dispatch
-from attn_dispatch.conformance import CASES, Case, report
+from attn_dispatch.conformance import CASES, Case, Row, as_markdown, report, report_text
 
 __all__ = ["verify"]
 
@@ -47,16 +47,13 @@ def verify(
             rows.append(report.verify(name, max_tokens=max_tokens, cases=cases, progress=advance))
     if as_json:
         machine = dispatch.machine()
-        data = {
-            "machine": {"name": machine.name, "description": machine.description},
-            "rows": [row.as_dict() for row in rows],
-        }
-        typer.echo(json.dumps(data, indent=2))
+        where = {"name": machine.name, "description": machine.description}
+        typer.echo(report_text(rows, where, " ".join(["attn-dispatch", *sys.argv[1:]])))
     else:
         for row in rows:
             Console(highlight=False).print(_page(row))
     if markdown is not None:
-        markdown.write_text(report.as_markdown(rows), encoding="utf-8")
+        markdown.write_text(as_markdown(rows), encoding="utf-8")
     if any(row.failed for row in rows):
         raise typer.Exit(1)
 
@@ -65,7 +62,7 @@ def _advance(progress: Progress, task: TaskID, _: Case) -> None:
     progress.advance(task)
 
 
-def _page(row: report.Row) -> Group:
+def _page(row: Row) -> Group:
     """One backend: its features, then every reason once, with the features that it concerns."""
     version = f" {row.version}" if row.version else ""
     head = f"\n[bold]{row.backend}[/]{version}  evidence: {row.evidence}"
@@ -75,11 +72,11 @@ def _page(row: report.Row) -> Group:
     for column in ("feature", "", "cases", "mistakes noticed"):
         table.add_column(column)
     reasons: dict[tuple[str, str], list[str]] = {}
-    for cell in row.cells:
-        style = _STYLE[cell.state]
-        table.add_row(cell.feature, f"[{style}]{cell.state}[/]", str(cell.cases), str(cell.mutations))
-        if cell.detail:
-            reasons.setdefault((cell.state, cell.detail), []).append(cell.feature)
+    for entry in row.entries:
+        style = _STYLE[entry.state]
+        table.add_row(entry.feature, f"[{style}]{entry.state}[/]", str(entry.cases), str(entry.mutations))
+        if entry.detail:
+            reasons.setdefault((entry.state, entry.detail), []).append(entry.feature)
     notes = [
         f"[{_STYLE[state]}]{state}[/] {', '.join(features)}: {escape(text)}"
         for (state, text), features in reasons.items()

@@ -1,69 +1,16 @@
-"""The support table: what the kit's cases showed on this machine, and how each cell is known.
-
-Never written by hand. `attn-dispatch verify` prints it; `as_markdown` is what the documentation shows.
-"""
+"""The support table: what the kit's cases showed on this machine, and how each entry is known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from attn_dispatch.backend import Backend
-from attn_dispatch.conformance.cases import CASES, FEATURES, Case
+from attn_dispatch.conformance.cases import CASES, Case
 from attn_dispatch.conformance.checks import check_mutations, run_case
+from attn_dispatch.conformance.table import Entry, Row
 from attn_dispatch.dispatch import machine, registry
 
-__all__ = ["Cell", "Row", "as_markdown", "verify", "without_hardware"]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One feature of one backend.
-
-    Attributes:
-        feature: what.
-        state: "yes", "no" (refused by verdict), "FAILED", "not run"; without the hardware, the evidence itself instead
-            of a yes ("interface", "compiled").
-        evidence: how a yes is known: "ran", "ran on CPU"...
-        detail: the refusals, or what failed.
-        cases: how many cases stand behind it.
-        mutations: how many deliberate mistakes those cases noticed.
-    """
-
-    feature: str
-    state: str
-    evidence: str
-    detail: str
-    cases: int
-    mutations: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """One backend on one machine: whether it could run there, and its cells."""
-
-    backend: str
-    available: bool
-    reason: str
-    version: str
-    evidence: str
-    machine: str
-    cells: tuple[Cell, ...]
-
-    @property
-    def failed(self) -> bool:
-        """Whether a case of a spec that it accepts failed."""
-        return any(cell.state == "FAILED" for cell in self.cells)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Row:
-        """Return what `as_dict` was made of."""
-        return cls(**{**data, "cells": tuple(Cell(**cell) for cell in data["cells"])})
+__all__ = ["verify", "without_hardware"]
 
 
 def verify(
@@ -87,8 +34,8 @@ def verify(
         if progress is not None:
             progress(case)
         by_feature.setdefault(case.feature, []).append(_try(name, case, max_tokens))
-    cells = tuple(_cell(feature, found, available.evidence) for feature, found in by_feature.items())
-    return Row(name, True, available.reason, available.version, available.evidence, machine().description, cells)
+    entries = tuple(_entry(feature, found, available.evidence) for feature, found in by_feature.items())
+    return Row(name, True, available.reason, available.version, available.evidence, machine().description, entries)
 
 
 def without_hardware(
@@ -107,7 +54,7 @@ def without_hardware(
 
     Args:
         backend: made for a machine that has the hardware, so that its verdicts speak of that one.
-        check: return how a case is known: "interface" (the call was held against the vendor's real package),
+        check: return how a case is known: "interface" (the call was checked against the vendor's real package),
             "compiled" (by the vendor's real compiler); raise when it does not hold.
         reason: what was compared with what.
         version: of the vendor's package.
@@ -128,24 +75,24 @@ def without_hardware(
                 known.add(evidence)
                 found = (evidence, "", 0)
         by_feature.setdefault(case.feature, []).append(found)
-    cells = tuple(_known_cell(feature, found) for feature, found in by_feature.items())
-    return Row(backend.name, False, reason, version, " and ".join(sorted(known)), machine, cells)
+    entries = tuple(_known_entry(feature, found) for feature, found in by_feature.items())
+    return Row(backend.name, False, reason, version, " and ".join(sorted(known)), machine, entries)
 
 
-def _known_cell(feature: str, found: list[tuple[str, str, int]]) -> Cell:
-    """Return the cell of a feature by its weakest evidence, with what is refused beside."""
+def _known_entry(feature: str, found: list[tuple[str, str, int]]) -> Entry:
+    """Return the entry of a feature by its weakest evidence, with what is refused beside."""
     states = [state for state, _, _ in found]
     failed = [text for state, text, _ in found if state == "FAILED"]
     refused = [text for state, text, _ in found if state == "no"]
     proven = sorted({state for state in states if state not in ("no", "FAILED")})
     if failed:
-        return Cell(feature, "FAILED", "", "; ".join(dict.fromkeys(failed)), len(states), 0)
+        return Entry(feature, "FAILED", "", "; ".join(dict.fromkeys(failed)), len(states), 0)
     if not proven:
-        return Cell(feature, "no", "", "; ".join(dict.fromkeys(refused)), 0, 0)
+        return Entry(feature, "no", "", "; ".join(dict.fromkeys(refused)), 0, 0)
     weakest = "interface" if "interface" in proven else proven[0]
     state = f"{weakest}, partly" if refused else weakest
     detail = "; ".join(dict.fromkeys(f"not {text}" for text in refused))
-    return Cell(feature, state, weakest, detail, len(states) - len(refused), 0)
+    return Entry(feature, state, weakest, detail, len(states) - len(refused), 0)
 
 
 def _try(name: str, case: Case, max_tokens: int) -> tuple[str, str, int]:
@@ -162,7 +109,7 @@ def _try(name: str, case: Case, max_tokens: int) -> tuple[str, str, int]:
         return "FAILED", f"{case.name}: {type(error).__name__}: {error}", 0
 
 
-def _cell(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Cell:
+def _entry(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Entry:
     states = [state for state, _, _ in found]
     for state in ("FAILED", "yes", "no", "not run"):
         if state in states:
@@ -170,7 +117,7 @@ def _cell(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Cel
     detail = "; ".join(dict.fromkeys(text for s, text, _ in found if text and (s != "no" or state == "no")))
     if state == "yes" and "no" in states:
         detail = "; ".join(dict.fromkeys(f"not {text}" for s, text, _ in found if s == "no"))
-    return Cell(
+    return Entry(
         feature,
         "partly" if state == "yes" and "no" in states else state,
         evidence if state == "yes" else "",
@@ -178,33 +125,3 @@ def _cell(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Cel
         states.count("yes") + states.count("FAILED"),
         sum(n for _, _, n in found),
     )
-
-
-def as_markdown(rows: Iterable[Row]) -> str:
-    """Return the table: features down, backends across, refusals as notes below."""
-    rows = list(rows)
-    lines = [
-        "| feature | " + " | ".join(f"`{row.backend}`" for row in rows) + " |",
-        "|---" * (len(rows) + 1) + "|",
-        "| evidence | " + " | ".join(row.evidence for row in rows) + " |",
-    ]
-    cells = [{cell.feature: cell for cell in row.cells} for row in rows]
-    for feature in FEATURES:
-        found = [by.get(feature) for by in cells]
-        lines.append(f"| {feature} | " + " | ".join(_sign(c) for c in found) + " |")
-    notes = []
-    for row in rows:
-        version = f" {row.version}" if row.version else ""
-        notes += ["", f"### `{row.backend}`{version}", "", f"{row.evidence}, on {row.machine}. {row.reason}".rstrip()]
-        said: dict[str, list[str]] = {}
-        for cell in row.cells:
-            if cell.detail and cell.state != "not run":
-                said.setdefault(cell.detail, []).append(cell.feature)
-        notes += ["", *(f"- {', '.join(features)}: {text}" for text, features in said.items())] if said else []
-    return "\n".join([*lines, *notes, ""])
-
-
-def _sign(cell: Cell | None) -> str:
-    if cell is None:
-        return "not run"
-    return "**FAILED**" if cell.state == "FAILED" else cell.state

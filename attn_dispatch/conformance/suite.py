@@ -29,7 +29,7 @@ from attn_dispatch.conformance.cases import CASES, Case
 from attn_dispatch.conformance.checks import CaseResult, check_mutations, compute, run_case
 from attn_dispatch.conformance.merging import check_merging
 from attn_dispatch.conformance.problem import make_problem
-from attn_dispatch.conformance.requests import BAD_BATCHES, BAD_CALLS, check_bad_batch, check_bad_call
+from attn_dispatch.conformance.rejections import BAD_BATCHES, BAD_CALLS, check_bad_batch, check_bad_call
 from attn_dispatch.conformance.storage import STORAGE_CHECKS
 from attn_dispatch.conformance.strategies import cases
 from attn_dispatch.contract import AttentionSpec

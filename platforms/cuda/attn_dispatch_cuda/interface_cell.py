@@ -12,7 +12,6 @@ installed packages). Nothing here ran on a GPU, and no row says so. Exit status 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance import CASES, Case, Row, without_hardware
+from attn_dispatch.conformance import CASES, Case, Row, report_text, without_hardware
 from attn_dispatch.conformance.problem import make_problem
 from attn_dispatch.contract import BatchView, LayerParameters
 from attn_dispatch.hardware import Device, Platform
@@ -263,19 +262,19 @@ def main(arguments: list[str] | None = None) -> int:
     found = []
     for row in rows():
         found.append(row)
-        counts = Counter(cell.state for cell in row.cells)
+        counts = Counter(entry.state for entry in row.entries)
         print(f"{row.backend} {row.version}: {', '.join(f'{n} {state}' for state, n in sorted(counts.items()))}")
-        for cell in row.cells:
-            if cell.state == "FAILED":
-                print(f"FAILED: {cell.feature}: {cell.detail}")
+        for entry in row.entries:
+            if entry.state == "FAILED":
+                print(f"FAILED: {entry.feature}: {entry.detail}")
     failed = any(row.failed for row in found)
     print(f"{time.monotonic() - began:.0f} s")
     if options.output and not failed:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
         machine = {"name": "none", "description": "no NVIDIA GPU: calls compared with the vendors' packages"}
-        data = {"machine": machine, "rows": [row.as_dict() for row in found]}
-        (folder / "cuda-interface.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        text = report_text(found, machine, "python -m attn_dispatch_cuda.interface_cell --output docs/evidence")
+        (folder / "cuda-interface.json").write_text(text, encoding="utf-8")
     return 1 if failed else 0
 
 

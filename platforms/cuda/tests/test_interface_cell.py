@@ -46,7 +46,7 @@ def test_rows_are_what_was_compared_and_nothing_more(tmp_path: Path) -> None:
         assert not row.available
         assert row.evidence == "interface"
         assert row.machine == "NVIDIA H200 (not here)"
-        states = {cell.feature: cell.state for cell in row.cells}
+        states = {entry.feature: entry.state for entry in row.entries}
         assert (states["mixed"], states["sinks"], states["float32"]) == ("interface", "interface", "no")
         assert "empty batch" not in states
     for title in ("FlashAttention 2 2.8.3.post2 (", "3 (flash_attn_interface) 3.0.0.b1 (", "4 4.0.0b36 ("):

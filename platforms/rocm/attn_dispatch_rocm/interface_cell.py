@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 
 from attn_dispatch.backend import Backend
-from attn_dispatch.conformance import CASES, Case, Row, without_hardware
+from attn_dispatch.conformance import CASES, Case, Row, report_text, without_hardware
 from attn_dispatch.conformance.problem import make_problem
 from attn_dispatch.contract import LayerParameters
 from attn_dispatch.dispatch import registry
@@ -240,11 +239,12 @@ def main(arguments: list[str] | None = None) -> int:
     found = []
     for row in rows(compile_too, lambda text: None):
         found.append(row)
-        counts = {s: sum(cell.state == s for cell in row.cells) for s in sorted({cell.state for cell in row.cells})}
-        print(f"{row.backend} {row.version}: {', '.join(f'{n} {state}' for state, n in counts.items())}")
-        for cell in row.cells:
-            if cell.state == "FAILED":
-                print(f"FAILED: {cell.feature}: {cell.detail}")
+        states = [entry.state for entry in row.entries]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+        print(f"{row.backend} {row.version}: {counts}")
+        for entry in row.entries:
+            if entry.state == "FAILED":
+                print(f"FAILED: {entry.feature}: {entry.detail}")
                 failed = True
     programs: list[dict[str, Any]] = []
     if compile_too:
@@ -265,8 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _write(folder: Path, found: list[Row], programs: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     machine = {"name": "none", "description": "no AMD GPU: compared and compiled"}
-    data = {"machine": machine, "rows": [row.as_dict() for row in found]}
-    (folder / "rocm-interface.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    text = report_text(found, machine, "python -m attn_dispatch_rocm.interface_cell --output docs/evidence")
+    (folder / "rocm-interface.json").write_text(text, encoding="utf-8")
     (folder / "rocm-interface.md").write_text(_page(programs), encoding="utf-8")
 
 

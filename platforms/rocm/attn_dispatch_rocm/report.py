@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = collect(options.backend or BACKENDS, options.feature, not options.no_times)
     stem = f"rocm-{gpus[0].facts.get('gfx', 'wsl')}" if gpus else f"{ad.platform.name}-report"
     files = write(report, Path(options.output), stem)
-    failed = [row["backend"] for row in report["rows"] if any(cell["state"] == "FAILED" for cell in row["cells"])]
+    failed = [row["backend"] for row in report["rows"] if any(entry["state"] == "FAILED" for entry in row["entries"])]
     for row in report["rows"]:
         print(f"{row['backend']}: {_said(row)}")
     print(f"written: {', '.join(map(str, files))}. Now: python docs/make_support.py, and a pull request with both")
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _said(row: dict[str, Any]) -> str:
     if not row["available"]:
         return f"not run: {row['reason']}"
-    states = [cell["state"] for cell in row["cells"]]
+    states = [entry["state"] for entry in row["entries"]]
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 

@@ -30,9 +30,9 @@ def test_rows_are_what_was_compared_and_nothing_more(tmp_path: Path) -> None:
     for row in rows:
         assert not row.available
         assert row.evidence == "interface"
-        assert {cell.state for cell in row.cells} <= {"interface", "interface, partly", "no"}
+        assert {entry.state for entry in row.entries} <= {"interface", "interface, partly", "no"}
         assert "not here" in row.machine
-    states = {cell.feature: cell.state for cell in rows[0].cells}
+    states = {entry.feature: entry.state for entry in rows[0].entries}
     assert (states["window"], states["float32"], states["uint8 cache"]) == ("interface", "no", "no")
     page = as_markdown(rows)
     assert "| evidence | interface | interface |" in page

@@ -42,8 +42,8 @@ def test_a_report_made_here_enters_the_support_table(
     assert found["machine"]["description"] == ad.platform.description
     assert found["doctor"]["backends"]
     (row,) = (Row.from_dict(row) for row in found["rows"])
-    assert [(cell.feature, cell.state) for cell in row.cells] == [("decode", "yes"), ("window", "yes")]
-    assert all(cell.mutations for cell in row.cells)
+    assert [(entry.feature, entry.state) for entry in row.entries] == [("decode", "yes"), ("window", "yes")]
+    assert all(entry.mutations for entry in row.entries)
     page = make_support(tmp_path, monkeypatch).support()
     assert "| feature | `reference` |" in page
     assert "| decode | yes |" in page

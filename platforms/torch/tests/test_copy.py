@@ -35,7 +35,7 @@ def test_a_copy_under_another_name(tmp_path: Path) -> None:
     done = subprocess.run([*command, *features], capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads(done.stdout)["rows"]
-    assert {cell["state"] for cell in row["cells"]} == {"yes"}
+    assert {entry["state"] for entry in row["entries"]} == {"yes"}
     script = "import attn_dispatch as ad; print(ad.attention(ad.AttentionSpec(num_heads=2, dtype='float32')).backend)"
     chosen = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environ)
     assert chosen.stdout.strip() == "copied/sdpa"

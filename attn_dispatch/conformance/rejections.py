@@ -1,4 +1,4 @@
-"""Requests that must be refused, each with an error that names what is wrong, before anything is written.
+"""Batches and calls that must be rejected, each with an error that names what is wrong, before anything is written.
 
 `BAD_BATCHES` never reach a backend. `BAD_CALLS` reach `Attention.run`, which refuses them whatever the backend.
 """
