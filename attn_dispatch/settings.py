@@ -6,19 +6,18 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from attn_dispatch import hardware
 from attn_dispatch.errors import EnvironmentVariableError, nearest
 
-__all__ = ["PLATFORMS", "PREFIX", "VARIABLES", "Settings"]
+__all__ = ["PREFIX", "VARIABLES", "Settings"]
 
 PREFIX = "ATTN_DISPATCH_"
-
-PLATFORMS = ("cpu", "cuda", "rocm", "xpu", "tpu")
 
 VARIABLES: Mapping[str, str] = {
     "ATTN_DISPATCH_BACKEND": "the one backend to use: it runs, or raises its verdict",
     "ATTN_DISPATCH_PREFER": "backends to try first, in order, separated by commas",
     "ATTN_DISPATCH_DISABLE": "backends that are not chosen unless named, separated by commas",
-    "ATTN_DISPATCH_PLATFORM": f"the platform to choose for, instead of the one found: {', '.join(PLATFORMS)}",
+    "ATTN_DISPATCH_PLATFORM": f"the platform to choose for, instead of the one found: {', '.join(hardware.NAMES)}",
     "ATTN_DISPATCH_NUM_THREADS": "threads of backends that compute on the CPU (default: what the process was given)",
     "ATTN_DISPATCH_CACHE_DIR": "folder for converted models, machine code and tuning tables",
 }
@@ -55,10 +54,10 @@ class Settings:
                     f"environment variable {name} is not known.{nearest(name, names)} Known: {', '.join(names)}"
                 )
         platform = environ.get(f"{PREFIX}PLATFORM") or None
-        if platform is not None and platform not in PLATFORMS:
+        if platform is not None and platform not in hardware.NAMES:
             raise EnvironmentVariableError(
-                f"{PREFIX}PLATFORM={platform!r} is not a platform.{nearest(platform, PLATFORMS)} "
-                f"Known: {', '.join(PLATFORMS)}"
+                f"{PREFIX}PLATFORM={platform!r} is not a platform.{nearest(platform, hardware.NAMES)} "
+                f"Known: {', '.join(hardware.NAMES)}"
             )
         threads = environ.get(f"{PREFIX}NUM_THREADS") or None
         if threads is not None and not (threads.isdecimal() and int(threads) > 0):

@@ -4,7 +4,7 @@ A job is `[[tool.attn-dispatch.ci.jobs]]` in `pyproject.toml` (the core's), `pla
 `clients/*/pyproject.toml`:
 
     name       unique
-    needs      hardware without which it is not run: "" | "nvidia" | "amd" | "intel-gpu" | "tpu"
+    needs      hardware without which it is not run: a device kind of attn_dispatch/hardware/platforms.py ("": none)
     python     "3.11"
     pins       requirements, exact; the environment is kept under their hash
     no-deps    requirements, exact, of which only the package itself is wanted
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 import sys
 import tomllib
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# A module of the standard library alone, taken from its file: the package needs NumPy, which is not installed yet.
+_PLATFORMS = runpy.run_path(str(ROOT / "attn_dispatch" / "hardware" / "platforms.py"))
+NEEDS = {"", *_PLATFORMS["DEVICE_KINDS"]}
 KEYS = {"name", "needs", "python", "pins", "no-deps", "extras", "core", "with", "any-torch", "commands", "minutes"}
-NEEDS = {"", "nvidia", "amd", "intel-gpu", "tpu"}
 
 
 @dataclass(frozen=True)

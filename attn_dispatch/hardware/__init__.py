@@ -6,11 +6,12 @@ hardware. The package needs nothing but the standard library, and nothing else o
 relative so that this can be shown by loading it alone).
 
     machine = detect()
-    machine.name          # "cpu", "cuda", "rocm", "xpu" or "tpu"
+    machine.name          # "cpu", "cuda"...: one of `platforms.NAMES`
     machine.facts["isa"]  # ("avx2", "avx512f", "avx512_bf16")
 """
 
-from .detect import ORDER, Platform, detect
+from .detect import Platform, detect
 from .device import Device
+from .platforms import DEVICE_KINDS, NAMES, PLATFORMS, Hardware, by_kind, by_name
 
-__all__ = ["ORDER", "Device", "Platform", "detect"]
+__all__ = ["DEVICE_KINDS", "NAMES", "PLATFORMS", "Device", "Hardware", "Platform", "by_kind", "by_name", "detect"]

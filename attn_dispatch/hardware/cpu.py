@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from .limits import cpu_quota, memory_limit_bytes
-from .tree import Tree
+from .system_root import SystemRoot
 
 __all__ = ["Cpu", "read"]
 
@@ -79,21 +79,21 @@ class Cpu(NamedTuple):  # half as long to import as a dataclass
         return ", ".join(parts)
 
 
-def read(tree: Tree, environ: Mapping[str, str]) -> Cpu:
+def read(root: SystemRoot, environ: Mapping[str, str]) -> Cpu:
     """Return the CPU of a machine; where a file is missing and the machine is this one, Python is asked instead."""
-    block = (tree.read("proc/cpuinfo", _CPUINFO_BYTES) or "").lstrip().partition("\n\n")[0]
+    block = (root.read("proc/cpuinfo", _CPUINFO_BYTES) or "").lstrip().partition("\n\n")[0]
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
     flags = tuple(sorted({*info.get("flags", "").split(), *info.get("Features", "").split()}))
-    machine = _machine(tree, info, environ)
-    online = _listed(tree.word("sys/devices/system/cpu/online")) or (tree.live and os.cpu_count()) or 1
-    allowed = _affinity(tree) or online
-    quota = cpu_quota(tree)
+    machine = _machine(root, info, environ)
+    online = _cpus_in(root.word("sys/devices/system/cpu/online")) or (root.live and os.cpu_count()) or 1
+    allowed = _affinity(root) or online
+    quota = cpu_quota(root)
     # Rounded down: a thread more than the quota allows is stopped for a part of every period, and all wait for it.
     usable = allowed if quota is None else max(1, min(allowed, int(quota)))
-    limits = [limit for limit in (_memory_bytes(tree), memory_limit_bytes(tree)) if limit is not None]
+    limits = [limit for limit in (_memory_bytes(root), memory_limit_bytes(root)) if limit is not None]
     return Cpu(
         machine=machine,
-        model=info.get("model name") or _arm_model(tree, info),
+        model=info.get("model name") or _arm_model(root, info),
         flags=flags,
         isa=_isa(flags, machine),
         usable=usable,
@@ -103,19 +103,19 @@ def read(tree: Tree, environ: Mapping[str, str]) -> Cpu:
     )
 
 
-def _machine(tree: Tree, info: Mapping[str, str], environ: Mapping[str, str]) -> str:
-    if tree.live:
+def _machine(root: SystemRoot, info: Mapping[str, str], environ: Mapping[str, str]) -> str:
+    if root.live:
         # Not `platform.machine()`: it takes longer than all else here, and on Windows it asks a service.
         return os.uname().machine if hasattr(os, "uname") else environ.get("PROCESSOR_ARCHITECTURE", "")
-    if told := tree.word("proc/sys/kernel/arch"):
+    if told := root.word("proc/sys/kernel/arch"):
         return told
     if "flags" in info:
         return "x86_64"
     return "aarch64" if "asimd" in info.get("Features", "").split() else ""
 
 
-def _arm_model(tree: Tree, info: Mapping[str, str]) -> str:
-    board = tree.word("proc/device-tree/model")
+def _arm_model(root: SystemRoot, info: Mapping[str, str]) -> str:
+    board = root.word("proc/device-tree/model")
     implementer, part = info.get("CPU implementer"), info.get("CPU part", "")
     if implementer is None:
         return board
@@ -132,17 +132,17 @@ def _isa(flags: Iterable[str], machine: str) -> tuple[str, ...]:
     return tuple(name for name in names if name in known)
 
 
-def _affinity(tree: Tree) -> int:
+def _affinity(root: SystemRoot) -> int:
     """Return how many CPUs this process may run on, or 0 when nothing tells."""
-    if tree.live:
+    if root.live:
         return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0
-    for line in (tree.read("proc/self/status") or "").splitlines():
+    for line in (root.read("proc/self/status") or "").splitlines():
         if line.startswith("Cpus_allowed_list:"):
-            return _listed(line.partition(":")[2])
+            return _cpus_in(line.partition(":")[2])
     return 0
 
 
-def _listed(text: str) -> int:
+def _cpus_in(text: str) -> int:
     """Return how many CPUs a list such as `0-3,8` has."""
     total = 0
     for part in text.strip().split(","):
@@ -152,11 +152,11 @@ def _listed(text: str) -> int:
     return total
 
 
-def _memory_bytes(tree: Tree) -> int | None:
-    for line in (tree.read("proc/meminfo", 256) or "").splitlines():
+def _memory_bytes(root: SystemRoot) -> int | None:
+    for line in (root.read("proc/meminfo", 256) or "").splitlines():
         name, _, value = line.partition(":")
         if name == "MemTotal" and (kib := value.removesuffix("kB").strip()).isdecimal():
             return int(kib) * 1024
-    if tree.live and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+    if root.live and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None

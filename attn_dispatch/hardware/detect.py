@@ -1,4 +1,4 @@
-"""The door: which platform this machine is, and everything that was found on the way."""
+"""Detection: which platform this machine is, and everything that its files say about it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import amd, cpu, intel, nvidia, pci, torch_build, tpu
-from .device import Device, count
-from .tree import Tree
+from .device import Device, describe
+from .platforms import NAMES, PLATFORMS, Hardware, by_kind, by_name
+from .system_root import SystemRoot
 
-__all__ = ["ORDER", "Platform", "detect"]
-
-ORDER = ("tpu", "cuda", "rocm", "xpu", "cpu")
-"""Which platform a machine is that has several kinds of accelerator: the first of these."""
-
-_PLATFORM_OF = {"tpu": "tpu", "nvidia": "cuda", "amd": "rocm", "intel-gpu": "xpu"}
-_TORCH_BUILDS = {"cuda": "CUDA", "rocm": "ROCm", "xpu": "XPU"}
-_HIDING = {
-    "cuda": ("CUDA_VISIBLE_DEVICES",),
-    "rocm": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
-}
+__all__ = ["Platform", "detect"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +22,7 @@ class Platform:
     """What a machine is.
 
     Attributes:
-        name: `tpu`, `cuda`, `rocm`, `xpu` or `cpu`.
+        name: one of `platforms.NAMES`.
         description: one line for people.
         facts: everything that was found; can be written as JSON:
             `system` ("linux", as `sys.platform` says it), `machine` ("x86_64"), `wsl` (bool);
@@ -50,6 +41,19 @@ class Platform:
     description: str
     facts: Mapping[str, Any] = field(default_factory=dict)
     devices: tuple[Device, ...] = ()
+
+    @property
+    def torch_device(self) -> str:
+        """The type of the devices on which the installed torch computes here: "cuda", "xpu" or "cpu".
+
+        "cpu" where torch was built for other hardware, or where this user may not open the platform's devices.
+        """
+        row = by_name(self.name)
+        devices = [device for device in self.devices if device.kind == row.device_kind]
+        build = self.facts.get("torch_flavor")
+        unusable = build is not None and not torch_build.suits(build, self.name)
+        closed = devices and not any(device.openable for device in devices)
+        return "cpu" if unusable or closed else row.torch_device
 
 
 def detect(
@@ -73,25 +77,25 @@ def detect(
             on another.
     """
     environ = os.environ if environ is None else environ
-    tree = Tree(root)
+    files = SystemRoot(root)
     if search is None:
-        search = [os.path.abspath(folder) for folder in sys.path if isinstance(folder, str)] if tree.live else ()
-    processor = cpu.read(tree, environ)
-    build = torch_build.flavor(tree, search)
-    found = _devices(tree)
-    devices, hidden = _visible(found, environ)
+        search = [os.path.abspath(folder) for folder in sys.path if isinstance(folder, str)] if files.live else ()
+    processor = cpu.read(files, environ)
+    build = torch_build.flavor(files, search)
+    installed = _devices(files)
+    devices, hidden = _visible(installed, environ)
     name, notes = _choose(devices, build)
-    if not found and tree.exists(nvidia.WSL_NODE):
+    if not installed and files.exists(nvidia.WSL_NODE):
         notes.append(
             f"Windows shares a GPU (/{nvidia.WSL_NODE}), but no library to compute on it: neither CUDA's, which comes "
             "with Windows' NVIDIA driver, nor ROCm's librocdxg"
         )
-    own = [device for device in devices if _PLATFORM_OF[device.kind] == name]
-    drivers = {"nvidia": nvidia.driver(tree), "amd": amd.driver(tree)}
+    deciding = _of(by_name(name), devices)
+    drivers = {"nvidia": nvidia.driver(files), "amd": amd.driver(files)}
     facts = {
-        "system": sys.platform if tree.live else "linux",
+        "system": sys.platform if files.live else "linux",
         "machine": processor.machine,
-        "wsl": "microsoft" in tree.word("proc/sys/kernel/osrelease").lower(),
+        "wsl": "microsoft" in files.word("proc/sys/kernel/osrelease").lower(),
         "cpu_model": processor.model,
         "cpu_flags": processor.flags,
         "isa": processor.isa,
@@ -102,38 +106,49 @@ def detect(
         "devices": [asdict(device) for device in devices],
         "drivers": {vendor: version for vendor, version in drivers.items() if version},
         "torch_flavor": build,
-        "problems": [*dict.fromkeys(tree.problems), *_mismatch(name, build, devices)],
+        "problems": [*dict.fromkeys(files.problems), *_mismatch(name, build, devices)],
         "hidden": hidden,
         "notes": notes,
-        "fingerprint": _fingerprint(name, processor, own),
+        "fingerprint": _fingerprint(name, processor, deciding),
     }
-    return Platform(name, _description(processor, own, hidden), facts, tuple(devices))
+    return Platform(name, _description(processor, deciding, hidden), facts, tuple(devices))
 
 
-def _devices(tree: Tree) -> list[Device]:
-    functions = pci.scan(tree, (tpu.VENDOR, nvidia.VENDOR))
-    return [*tpu.find(tree, functions), *nvidia.find(tree, functions), *amd.find(tree), *intel.find(tree)]
+def _devices(files: SystemRoot) -> list[Device]:
+    functions = pci.scan(files, (tpu.VENDOR, nvidia.VENDOR, amd.VENDOR))
+    return [
+        *tpu.find(files, functions),
+        *nvidia.find(files, functions),
+        *amd.find(files, functions),
+        *intel.find(files),
+    ]
+
+
+def _of(hardware: Hardware, devices: Iterable[Device]) -> list[Device]:
+    """Return the devices of one kind of hardware."""
+    return [device for device in devices if device.kind == hardware.device_kind]
 
 
 def _visible(devices: Sequence[Device], environ: Mapping[str, str]) -> tuple[list[Device], list[str]]:
     """Return the devices that no variable hides, and what hides the others."""
     visible, hidden = list(devices), []
-    for platform in _HIDING:
-        mine = [device for device in devices if _PLATFORM_OF[device.kind] == platform]
-        if mine and (variable := _hiding_variable(platform, mine, environ)):
-            hidden.append(f"{variable}={environ[variable]!r} hides {count(mine)}")
-            visible = [device for device in visible if device not in mine]
+    for hardware in PLATFORMS:
+        own = _of(hardware, devices)
+        if own and (variable := _hiding_variable(hardware, own, environ)):
+            hidden.append(f"{variable}={environ[variable]!r} hides {describe(own)}")
+            visible = [device for device in visible if device not in own]
     return visible, hidden
 
 
-def _hiding_variable(platform: str, devices: Sequence[Device], environ: Mapping[str, str]) -> str | None:
+def _hiding_variable(hardware: Hardware, devices: Sequence[Device], environ: Mapping[str, str]) -> str | None:
     """Return the variable that hides all of a platform's devices, or None.
 
-    As in the runtimes, the list ends at its first entry that is no device. HIP obeys CUDA_VISIBLE_DEVICES unless its
-    own variable is set. HIP's runtime takes an empty list for none at all; here it means what it says.
+    As in the runtimes, the list ends at its first entry that is no device. HIP's runtime takes an empty list for none
+    at all; here it means what it says.
     """
-    for name in _HIDING[platform]:
-        if name not in environ or (name.startswith("CUDA") and platform == "rocm" and "HIP_VISIBLE_DEVICES" in environ):
+    for group in hardware.hiding_variables:
+        name = next((name for name in group if name in environ), None)
+        if name is None:
             continue
         first = environ[name].split(",")[0].strip()
         number = int(first) if first.removeprefix("-").isdecimal() else None  # else it is a UUID
@@ -146,30 +161,32 @@ def _hiding_variable(platform: str, devices: Sequence[Device], environ: Mapping[
 
 def _choose(devices: Sequence[Device], build: str | None) -> tuple[str, list[str]]:
     """Return the platform, and why each other kind of device did not decide it."""
-    chosen, notes = "cpu", []
-    for platform in ORDER:
-        mine = [device for device in devices if _PLATFORM_OF[device.kind] == platform]
-        if not mine:
+    chosen, notes = NAMES[-1], []
+    for hardware in PLATFORMS:
+        own = _of(hardware, devices)
+        if not own:
             continue
-        if all(device.integrated for device in mine) and not torch_build.suits(build, platform):
-            notes.append(f"{count(mine)} is left alone: ATTN_DISPATCH_PLATFORM={platform} uses it")
-        elif chosen == "cpu":
-            chosen = platform
+        use = f"ATTN_DISPATCH_PLATFORM={hardware.name} uses it"
+        if all(device.integrated for device in own) and not torch_build.suits(build, hardware.name):
+            notes.append(f"{describe(own)} is left alone: {use}")
+        elif chosen == NAMES[-1]:
+            chosen = hardware.name
         else:
-            notes.append(f"{count(mine)} is here too: ATTN_DISPATCH_PLATFORM={platform} uses it")
+            notes.append(f"{describe(own)} is here too: {use}")
     return chosen, notes
 
 
 def _mismatch(platform: str, build: str | None, devices: Sequence[Device]) -> list[str]:
     """Say so when the installed torch cannot use the platform's devices."""
-    if build is None or platform not in _TORCH_BUILDS or torch_build.suits(build, platform):
+    hardware = by_name(platform)
+    if build is None or not hardware.torch_build or torch_build.suits(build, platform):
         return []
-    mine = count(device for device in devices if _PLATFORM_OF[device.kind] == platform)
     text = (
-        f"the installed torch is a {build} build and cannot use {mine}: install torch's {_TORCH_BUILDS[platform]} build"
+        f"the installed torch is a {build} build and cannot use {describe(_of(hardware, devices))}: "
+        f"install torch's {hardware.torch_build} build"
     )
-    for other in _TORCH_BUILDS:
-        if torch_build.suits(build, other) and any(_PLATFORM_OF[device.kind] == other for device in devices):
+    for other in dict.fromkeys(by_kind(device.kind).name for device in devices):
+        if torch_build.suits(build, other):
             text += f", or set ATTN_DISPATCH_PLATFORM={other} for what it was built for"
     return [text]
 
@@ -178,7 +195,7 @@ def _description(processor: cpu.Cpu, devices: Sequence[Device], hidden: Sequence
     text = str(processor)
     if devices:
         driver = devices[0].facts.get("driver")
-        text = f"{count(devices)}{f' (driver {driver})' if driver else ''} on {text}"
+        text = f"{describe(devices)}{f' (driver {driver})' if driver else ''} on {text}"
     return "; ".join([text, *hidden])
 
 

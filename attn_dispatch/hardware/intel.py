@@ -6,8 +6,10 @@ newer than that list, by its address: an integrated GPU sits on bus 0, a card be
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .device import Device
-from .tree import Tree
+from .system_root import SystemRoot
 
 __all__ = ["find"]
 
@@ -27,28 +29,28 @@ _CARDS = {
 _FAMILIES = {device: family for family, devices in _CARDS.items() for device in devices.split()}
 
 
-def find(tree: Tree) -> list[Device]:
+def find(root: SystemRoot) -> list[Device]:
     """Return the Intel GPUs that this process can open, integrated ones too."""
-    found = []
-    for node in tree.numbered(_DRM, "renderD"):
-        if tree.word(f"{_DRM}/{node}/device/vendor").lower() != _VENDOR:
+    devices = []
+    for node in root.numbered(_DRM, "renderD"):
+        if root.word(f"{_DRM}/{node}/device/vendor").lower() != _VENDOR:
             continue
         # DRIVER=xe, PCI_ID=8086:E20B, PCI_SLOT_NAME=0000:03:00.0
-        text = tree.read(f"{_DRM}/{node}/device/uevent") or ""
+        text = root.read(f"{_DRM}/{node}/device/uevent") or ""
         facts = {key: value for key, _, value in (line.partition("=") for line in text.splitlines())}
         driver = facts.get("DRIVER", "")
         if driver not in _DRIVERS:
             continue
         device = _device(node, driver, facts.get("PCI_ID", "").lower(), facts.get("PCI_SLOT_NAME", ""))
-        if tree.exists(f"dev/dri/{node}"):
-            found.append(device)
-            tree.check_access(f"dev/dri/{node}", "Add the user to the group render")
+        if root.exists(f"dev/dri/{node}"):
+            access = root.access(f"dev/dri/{node}", "Add the user to the group render")
+            devices.append(replace(device, facts={**device.facts, **access}))
         elif not device.integrated:
-            tree.problems.append(
+            root.problems.append(
                 f"{device}: no /dev/dri/{node} here to open it through. "
                 "Give the container its device (--device /dev/dri)"
             )
-    return found
+    return devices
 
 
 def _device(node: str, driver: str, pci: str, slot: str) -> Device:

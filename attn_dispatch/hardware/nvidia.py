@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .device import Device
 from .pci import Function
-from .tree import Tree
+from .system_root import SystemRoot
 
 __all__ = ["VENDOR", "WSL_NODE", "driver", "find"]
 
@@ -22,83 +22,81 @@ _VERSION = re.compile(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)*)\s")
 _DISPLAY_CLASS = "0x03"
 
 
-def driver(tree: Tree) -> str | None:
+def driver(root: SystemRoot) -> str | None:
     """Return the version of the loaded kernel driver, if there is one."""
-    text = tree.read("proc/driver/nvidia/version")
+    text = root.read("proc/driver/nvidia/version")
     match = _VERSION.search(text) if text else None
     return match[1] if match else None
 
 
-def find(tree: Tree, functions: Iterable[Function]) -> list[Device]:
+def find(root: SystemRoot, functions: Iterable[Function]) -> list[Device]:
     """Return the NVIDIA GPUs that this process can open."""
-    if (jetson := _tegra(tree)) is not None:
+    if (jetson := _tegra(root)) is not None:
         return jetson
-    version = driver(tree)
-    by_node = dict(_described(tree))
-    found = [_device(tree, node, by_node.get(node, {}), version) for node in tree.numbered("dev", "nvidia")]
-    if not found:
-        found = _wsl(tree)
+    version = driver(root)
+    by_node = dict(_described(root))
+    devices = [_device(root, node, by_node.get(node, {}), version) for node in root.numbered("dev", "nvidia")]
+    devices = devices or _wsl(root)
     cards = [f for f in functions if f.vendor == VENDOR and f.pci_class.startswith(_DISPLAY_CLASS)]
-    if cards and not found:
-        tree.problems.append(
+    if cards and not devices:
+        root.problems.append(
             f"NVIDIA GPU {cards[0].id} at {cards[0].slot}: no /dev/nvidia* here to open it through. "
             "Install its driver, or give the container its devices (--gpus all)"
         )
-    return found
+    return devices
 
 
-def _described(tree: Tree) -> Iterable[tuple[str, dict[str, str]]]:
+def _described(root: SystemRoot) -> Iterable[tuple[str, dict[str, str]]]:
     """Yield the device node of each GPU that the driver describes, and the description."""
     folder = "proc/driver/nvidia/gpus"
-    for index, slot in enumerate(tree.names(folder)):
-        text = tree.read(f"{folder}/{slot}/information") or ""
+    for index, slot in enumerate(root.names(folder)):
+        text = root.read(f"{folder}/{slot}/information") or ""
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())}
         yield f"nvidia{facts.get('Device Minor', index)}", {**facts, "slot": slot}
 
 
-def _device(tree: Tree, node: str, described: dict[str, str], version: str | None) -> Device:
+def _device(root: SystemRoot, node: str, described: dict[str, str], version: str | None) -> Device:
     facts = {"node": f"/dev/{node}"}
     if slot := described.get("slot"):
         facts["slot"] = slot
-        if device := tree.word(f"sys/bus/pci/devices/{slot}/device"):
+        if device := root.word(f"sys/bus/pci/devices/{slot}/device"):
             facts["pci"] = f"10de:{device.removeprefix('0x')}"
     if version:
         facts["driver"] = version
-    tree.check_access(f"dev/{node}", "Ask for the permission, or for the group that has it")
+    facts |= root.access(f"dev/{node}", "Ask for the permission, or for the group that has it")
     return Device("nvidia", described.get("Model") or "GPU", f"/dev/{node}", facts)
 
 
-def _wsl(tree: Tree) -> list[Device]:
+def _wsl(root: SystemRoot) -> list[Device]:
     """Return the GPU behind Windows' driver, where that is NVIDIA's: only it brings CUDA's library."""
-    if not tree.exists(WSL_NODE):
+    if not root.exists(WSL_NODE):
         return []
     for library in _WSL_LIBRARIES:
-        if tree.exists(library):
+        if root.exists(library):
             facts = {"node": f"/{WSL_NODE}", "library": f"/{library}", "wsl": "yes"}
             return [Device("nvidia", "GPU of Windows", f"/{WSL_NODE} with /{library}", facts)]
     return []
 
 
-def _tegra(tree: Tree) -> list[Device] | None:
+def _tegra(root: SystemRoot) -> list[Device] | None:
     """Return the GPU of a Jetson board, or None on any other machine and on a board that has the nodes of a card."""
-    compatible = (tree.read("proc/device-tree/compatible") or "").split("\0")
-    release = tree.read("etc/nv_tegra_release")
+    compatible = (root.read("proc/device-tree/compatible") or "").split("\0")
+    release = root.read("etc/nv_tegra_release")
     chip = next((name.removeprefix("nvidia,") for name in compatible if name.startswith("nvidia,tegra")), None)
     if chip is None and release is None:
         return None
-    node = next((name for name in _TEGRA_NODES if tree.exists(name)), None)
-    if node is None and tree.numbered("dev", "nvidia"):
+    node = next((name for name in _TEGRA_NODES if root.exists(name)), None)
+    if node is None and root.numbered("dev", "nvidia"):
         return None
     if node is None:
-        tree.problems.append(
+        root.problems.append(
             f"{chip or 'Tegra'}: none of /{', /'.join(_TEGRA_NODES)} is here. Run the container with --runtime nvidia"
         )
         return []
-    tree.check_access(node, "Add the user to the group video")
-    facts = {"node": f"/{node}", "soc": chip or "tegra"}
+    facts = {"node": f"/{node}", "soc": chip or "tegra", **root.access(node, "Add the user to the group video")}
     # The first line: "# R36 (release), REVISION: 4.3, GCID: ..."
     if release and (match := re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", release)):
         facts["l4t"] = f"{match[1]}.{match[2]}"
-    name = tree.word("proc/device-tree/model") or f"NVIDIA {facts['soc']}"
-    proof = f"/proc/device-tree/compatible: nvidia,{chip}" if chip else "/etc/nv_tegra_release"
-    return [Device("nvidia", name, f"/{node} with {proof}", facts)]
+    name = root.word("proc/device-tree/model") or f"NVIDIA {facts['soc']}"
+    evidence = f"/proc/device-tree/compatible: nvidia,{chip}" if chip else "/etc/nv_tegra_release"
+    return [Device("nvidia", name, f"/{node} with {evidence}", facts)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from .tree import Tree
+from .system_root import SystemRoot
 
 __all__ = ["FOLDER", "Function", "scan"]
 
@@ -27,18 +27,18 @@ class Function(NamedTuple):  # half as long to import as a dataclass
         return f"{self.vendor.removeprefix('0x')}:{self.device.removeprefix('0x')}"
 
 
-def scan(tree: Tree, vendors: Collection[str]) -> list[Function]:
+def scan(root: SystemRoot, vendors: Collection[str]) -> list[Function]:
     """Return the functions of some vendors, by address.
 
     A server has hundreds of functions: only the vendor is read of those that do not matter.
     """
-    found = []
-    for slot in tree.names(FOLDER):
+    functions = []
+    for slot in root.names(FOLDER):
         folder = f"{FOLDER}/{slot}"
-        vendor = tree.word(f"{folder}/vendor").lower()
+        vendor = root.word(f"{folder}/vendor").lower()
         if vendor in vendors:
             device, subsystem, pci_class = (
-                tree.word(f"{folder}/{name}").lower() for name in ("device", "subsystem_device", "class")
+                root.word(f"{folder}/{name}").lower() for name in ("device", "subsystem_device", "class")
             )
-            found.append(Function(slot, vendor, device, subsystem, pci_class))
-    return found
+            functions.append(Function(slot, vendor, device, subsystem, pci_class))
+    return functions

@@ -6,23 +6,23 @@ import os
 import re
 from collections.abc import Iterable
 
-from .tree import Tree
+from .platforms import by_name
+from .system_root import SystemRoot
 
 __all__ = ["flavor", "suits"]
 
 _ASSIGNMENT = re.compile(r"""^(cuda|hip|rocm|xpu)\s*(?::[^=\n]*)?=\s*['"]([^'"\n]+)['"]""", re.MULTILINE)
-_PREFIXES = {"cuda": "cu", "rocm": "rocm", "xpu": "xpu"}
 
 
-def flavor(tree: Tree, folders: Iterable[str]) -> str | None:
+def flavor(root: SystemRoot, folders: Iterable[str]) -> str | None:
     """Return `cpu`, `cu130`, `rocm6.4` or `xpu`; None when torch is in none of the folders.
 
     Args:
-        tree: the machine.
+        root: the machine.
         folders: where its Python looks for modules; relative to the machine's root.
     """
     for folder in folders:
-        text = tree.read(os.path.join(folder, "torch", "version.py"))
+        text = root.read(os.path.join(folder, "torch", "version.py"))
         if text is not None:
             return _flavor(dict(_ASSIGNMENT.findall(text)))
     return None
@@ -39,4 +39,4 @@ def _flavor(built: dict[str, str]) -> str:
 
 def suits(build: str | None, platform: str) -> bool:
     """Say whether a build of torch can use a platform's devices."""
-    return build is not None and build.startswith(_PREFIXES.get(platform, "cpu"))
+    return build is not None and build.startswith(by_name(platform).torch_flavor)

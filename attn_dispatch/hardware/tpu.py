@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from .device import Device
 from .pci import FOLDER, Function
-from .tree import Tree
+from .system_root import SystemRoot
 
 __all__ = ["VENDOR", "find"]
 
@@ -21,12 +21,12 @@ _V2_OR_V3 = "0x0027"  # they share a device id
 _BY_SUBSYSTEM = {"0x004e": "v2", "0x004f": "v3"}
 
 
-def find(tree: Tree, functions: Iterable[Function]) -> list[Device]:
+def find(root: SystemRoot, functions: Iterable[Function]) -> list[Device]:
     """Return the TPUs that this process can open."""
-    nodes = tree.numbered("dev", "accel")
+    nodes = root.numbered("dev", "accel")
     chips = [(function, name) for function in functions if (name := _generation(function))]
-    if chips and not nodes and not tree.numbered("dev/vfio", "") and not tree.names("dev/vfio/devices"):
-        tree.problems.append(
+    if chips and not nodes and not root.numbered("dev/vfio", "") and not root.names("dev/vfio/devices"):
+        root.problems.append(
             f"{len(chips)}x TPU {chips[0][1]}: no /dev/accel* and no /dev/vfio/* here to open it through. "
             "Give the container its devices (--privileged)"
         )
@@ -36,7 +36,7 @@ def find(tree: Tree, functions: Iterable[Function]) -> list[Device]:
     return [
         Device("tpu", "of unknown generation", f"/dev/{node} of vendor {VENDOR}", {"node": f"/dev/{node}"})
         for node in nodes
-        if tree.word(f"sys/class/accel/{node}/device/vendor").lower() == VENDOR
+        if root.word(f"sys/class/accel/{node}/device/vendor").lower() == VENDOR
     ]
 
 

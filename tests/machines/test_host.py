@@ -6,25 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from fake_machines import CORE, EPYC, NEOVERSE, XEON, machine
 
-from attn_dispatch.hardware import Platform, detect
-
-EPYC = "processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: fma avx2 avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t: x\n"
-XEON = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16\n"
-CORE = "processor\t: 0\nmodel name\t: Old Core\nflags\t\t: sse4_2 avx avx2 fma f16c\n"
-NEOVERSE = "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\n"
-
-
-def machine(root: Path, files: Mapping[str, str]) -> Platform:
-    for name, text in {"proc/cpuinfo": EPYC, "proc/meminfo": "MemTotal:  16777216 kB\n", **files}.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return detect(root, environ={})
+from attn_dispatch.hardware import detect
 
 
 @pytest.mark.parametrize(

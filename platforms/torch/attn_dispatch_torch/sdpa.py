@@ -25,6 +25,7 @@ from attn_dispatch import (
     platform,
 )
 from attn_dispatch.errors import ArrayError
+from attn_dispatch.hardware import by_name
 
 from .plan import SdpaPlan
 
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from .store import Store
 
 __all__ = ["SdpaBackend"]
-
-_DEVICES = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
-"""What torch calls the accelerators of our platforms."""
 
 
 class SdpaBackend(Backend):
@@ -55,9 +53,11 @@ class SdpaBackend(Backend):
         except PackageNotFoundError:  # a build from source need not have metadata
             found = "unknown"
         what = "torch's scaled-dot-product attention over a gathered copy of the pages"
-        if platform.name in _DEVICES and "+cpu" in found:
-            what += f"; this torch is built for the CPU alone, the machine has a device ({platform.name})"
-            return Availability(True, what, "Install a build of torch for it", found, "ran on CPU")
+        hardware = by_name(platform.name)
+        if platform.torch_device != hardware.torch_device:
+            what += f"; this torch computes on the CPU, the machine has a device ({platform.name})"
+            remedy = f"Install torch's {hardware.torch_build} build, and ask for access to the device"
+            return Availability(True, what, remedy, found, "ran on CPU")
         return Availability(True, what, version=found)
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
@@ -90,7 +90,7 @@ class SdpaBackend(Backend):
     def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> SdpaPlan:
         """Prepare a step. On a machine with a CPU alone all of it is done here, else at the first run on a device."""
         plan = SdpaPlan(spec=spec, view=metadata.view(spec.kind))
-        if platform.name not in _DEVICES:
+        if platform.torch_device == "cpu":
             self._step_on(plan, _default_device(), spec.returns_lse)
         return plan
 
@@ -161,8 +161,8 @@ def _elsewhere(*arrays: Any) -> ArrayError:
 def _default_device() -> torch.device:
     import torch
 
-    kind = _DEVICES.get(platform.name)
-    if kind is not None and getattr(torch, kind).is_available():
+    kind = platform.torch_device
+    if kind != "cpu" and getattr(torch, kind).is_available():
         return torch.device(kind, getattr(torch, kind).current_device())
     default: torch.device = torch.get_default_device()
     return default

@@ -31,6 +31,7 @@ from attn_dispatch import (
     platform,
 )
 from attn_dispatch.errors import ArrayError, PlanError
+from attn_dispatch.hardware import by_name
 
 from .constants import compute_type
 from .planning import fits_into
@@ -43,10 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PagedBackend", "PagedPlan", "interpreted"]
 
-_DEVICES = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
-"""What torch calls the accelerators of our platforms."""
-
-_FLAVOURS = {"cuda": ("cu",), "rocm": ("rocm", "hip"), "xpu": ("xpu",)}
 _DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu", "pytorch-triton")
 _WIDE = ("float64", "uint8", "uint4")
 
@@ -102,14 +99,16 @@ class PagedBackend(Backend):
         if interpreted():
             reason = "TRITON_INTERPRET is set: kernels run in Triton's interpreter, on the CPU"
             return Availability(True, reason, version=found, evidence="simulated on CPU")
-        if platform.name not in _DEVICES:
+        hardware = by_name(platform.name)
+        if hardware.torch_device == "cpu":
             reason = "no GPU here that Triton compiles for (NVIDIA, AMD, Intel)"
             remedy = "TRITON_INTERPRET=1 interprets the kernels on the CPU: for checking, not for speed"
             return Availability(False, reason, remedy, found)
-        build = str(platform.facts.get("torch_flavor") or "")
-        if not build.startswith(_FLAVOURS[platform.name]):
-            reason = f"the installed torch is a {build or 'unknown'} build, the machine has {platform.description}"
-            return Availability(False, reason, "Install torch's build for it", found)
+        if platform.torch_device == "cpu":
+            build = platform.facts.get("torch_flavor")
+            reason = f"the installed torch ({build}) computes on the CPU, the machine has {platform.description}"
+            remedy = f"Install torch's {hardware.torch_build} build, and ask for access to the device"
+            return Availability(False, reason, remedy, found)
         return Availability(True, f"Triton {found} on {platform.description}", version=found)
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
@@ -234,8 +233,8 @@ def _triton_version() -> str:
 def _default_device() -> torch.device:
     import torch
 
-    kind = _DEVICES.get(platform.name)
-    if kind is not None and getattr(torch, kind).is_available():
+    kind = platform.torch_device
+    if kind != "cpu" and getattr(torch, kind).is_available():
         return torch.device(kind, getattr(torch, kind).current_device())
     default: torch.device = torch.get_default_device()
     return default

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["Tree"]
+__all__ = ["SystemRoot"]
 
 _CHUNK_BYTES = 65536
 
 
-class Tree:
+class SystemRoot:
     """Files under one root.
 
     An absent file is an answer (None, False, an empty list); any other failure is kept in `problems`, in words.
@@ -76,10 +76,15 @@ class Tree:
             return False
         return True
 
-    def check_access(self, name: str, remedy: str) -> None:
-        """Keep a problem when this user may not open a device node (the device is not opened to find out)."""
-        if not os.access(os.path.join(self.root, name), os.R_OK | os.W_OK):
-            self.problems.append(f"/{name}: this user may not open it. {remedy}")
+    def access(self, name: str, remedy: str) -> dict[str, str]:
+        """Return the fact that this user may not open a device node, which is a problem too; none when it may.
+
+        The device is not opened to find out.
+        """
+        if os.access(os.path.join(self.root, name), os.R_OK | os.W_OK):
+            return {}
+        self.problems.append(f"/{name}: this user may not open it. {remedy}")
+        return {"access": "no"}
 
     def _keep(self, name: str, error: OSError) -> None:
         self.problems.append(f"/{name.lstrip('/')}: {error.strerror or error}")
