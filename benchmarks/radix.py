@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from attn_dispatch.cache import CacheManager, Exhausted, Sequence, Step
+from attn_dispatch.cache import CacheManager, OutOfBlocks, ScheduledStep, Sequence
 
 
 @dataclass
@@ -200,7 +200,7 @@ class Engine:
                 room -= 1
                 yield number
 
-    def _step(self, running: dict[int, Sequence]) -> Step:
+    def _step(self, running: dict[int, Sequence]) -> ScheduledStep:
         ready = sorted(running.values(), key=lambda one: (one.remaining > 1, one.id))
         while True:
             left, wanted = self.budget, []
@@ -211,7 +211,7 @@ class Engine:
                     wanted.append((seq, count))
                     left -= count
             step = self.manager.step(wanted)
-            if not isinstance(step, Exhausted):
+            if not isinstance(step, OutOfBlocks):
                 return step
             # The youngest one gives way; what it has computed stays cached as long as there is room.
             youngest = max(ready, key=lambda one: one.id)
@@ -229,7 +229,7 @@ def multiplying(layers: int, heads: tuple[int, int, int], sizes: tuple[int, int,
     head = rng.standard_normal((hidden, vocabulary), np.float32)
     rows = [rng.standard_normal((4096, shape[0]), np.float32) for shape in shapes]
 
-    def run(step: Step) -> None:
+    def run(step: ScheduledStep) -> None:
         n = step.num_tokens
         for layer in weights:
             for x, weight in zip(rows, layer, strict=True):
@@ -252,7 +252,7 @@ def attending(backend: str, layers: int, heads: tuple[int, int, int], manager: C
     rows = [rng.standard_normal((4096, n, d), np.float32) for n in (h, k, k)]
     q, key, value = (as_library(x, attn.backend.capabilities.libraries[0]) for x in rows)
 
-    def run(step: Step, metadata: Any) -> None:
+    def run(step: ScheduledStep, metadata: Any) -> None:
         n = step.num_tokens
         plan = attn.plan(metadata)
         for cache in caches:

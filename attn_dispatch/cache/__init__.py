@@ -3,7 +3,7 @@
 from attn_dispatch.cache.manager import CacheManager
 from attn_dispatch.cache.pool import BlockPool
 from attn_dispatch.cache.radix import PrefixTree
-from attn_dispatch.cache.results import Exhausted, Step, Swap, Usage
+from attn_dispatch.cache.results import OutOfBlocks, ScheduledStep, Swap, Usage
 from attn_dispatch.cache.sequence import Sequence
 
-__all__ = ["BlockPool", "CacheManager", "Exhausted", "PrefixTree", "Sequence", "Step", "Swap", "Usage"]
+__all__ = ["BlockPool", "CacheManager", "OutOfBlocks", "PrefixTree", "ScheduledStep", "Sequence", "Swap", "Usage"]

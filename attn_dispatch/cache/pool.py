@@ -1,4 +1,4 @@
-"""`BlockPool`: who holds each block. Blocks are ids; what they hold is of no concern here."""
+"""`BlockPool`: reference counts of blocks. Blocks are ids; what is stored in them is of no concern here."""
 
 from __future__ import annotations
 
@@ -10,123 +10,136 @@ from attn_dispatch.errors import CacheError
 __all__ = ["BlockPool", "Scrub"]
 
 Scrub = Callable[[list[int]], None]
-"""Called with the ids of blocks that have just become free, before anybody else can get them."""
+"""Overwrites blocks that have become free, before another sequence can get them."""
 
 
 class BlockPool:
     """A free list with reference counts.
 
-    A block is free, or held by sequences, or kept by the prefix cache, or both. One that is kept and held by nobody is
-    idle: it stays as it is until room is needed, and the one that has been idle longest goes first.
+    A block is free, or referenced by sequences, or cached (it stores a prefix), or both of the latter. A cached block
+    that no sequence references is evictable: it stays as it is until room is needed, least recently used first.
+
+    A block that becomes free is scrubbed at the end of the manager's call (`scrub_freed`), or, when its contents are
+    still to be copied elsewhere, just before it is allocated again. If scrubbing raises, the block stays free and
+    is scrubbed again before anybody gets it.
 
     Attributes:
         num_blocks: N.
-        holders: sequences that hold each block.
-        kept: 1 for each block that the prefix cache keeps.
-        idle: blocks that are kept and not held, the longest idle first. (An ordered dictionary as a linked list: any
-            block leaves in O(1).)
-        shared: blocks with more than one holder.
+        ref_counts: references of sequences to each block.
+        cached: 1 for each block in the prefix cache.
+        evictable: blocks that are cached and not referenced, least recently used first. (An ordered dictionary as a
+            linked list: any block leaves in O(1).)
+        num_shared: blocks with more than one reference.
     """
 
     def __init__(self, num_blocks: int, scrub: Scrub | None = None) -> None:
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 0:
             raise CacheError(f"num_blocks={num_blocks!r} must be a whole number, 0 or more")
         self.num_blocks = num_blocks
-        self.holders = [0] * num_blocks
-        self.kept = bytearray(num_blocks)
-        self.idle: OrderedDict[int, None] = OrderedDict()
-        self.shared = 0
+        self.ref_counts = [0] * num_blocks
+        self.cached = bytearray(num_blocks)
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+        self.num_shared = 0
         self._scrub = scrub
-        self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end: low ids first
+        self._freed: dict[int, None] = {}  # free, to be scrubbed at the end of this call
+        self._copied_later: set[int] = set()  # free, to be scrubbed when they are allocated
+        self._free = list(range(num_blocks - 1, -1, -1))  # allocated from the end: low ids first
 
     @property
     def num_free(self) -> int:
-        """Blocks that hold nothing."""
+        """Blocks that store nothing."""
         return len(self._free)
 
     @property
     def num_available(self) -> int:
-        """Blocks that can be had: free ones, and idle ones once they are evicted."""
-        return len(self._free) + len(self.idle)
+        """Blocks that could be allocated: free ones, and evictable ones."""
+        return len(self._free) + len(self.evictable)
 
     @property
     def in_use(self) -> int:
-        """Blocks that somebody holds."""
+        """Blocks that sequences reference."""
         return self.num_blocks - self.num_available
 
-    def take(self, count: int) -> list[int]:
-        """Return `count` free blocks with one holder each.
+    def allocate(self, count: int) -> list[int]:
+        """Return `count` free blocks with one reference each.
 
         Raises:
-            CacheError: fewer are free; the caller evicts first. None has been taken.
+            CacheError: fewer are free; the caller evicts first. None has been allocated (nor if scrubbing raises).
         """
         if count > len(self._free):
-            raise CacheError(f"{count} blocks are to be taken, {len(self._free)} are free")
+            raise CacheError(f"{count} blocks are to be allocated, {len(self._free)} are free")
         if not count:
             return []
-        taken = self._free[-count:][::-1]
+        blocks = self._free[-count:][::-1]
+        self._run_scrub([block for block in blocks if block in self._freed or block in self._copied_later])
         del self._free[-count:]
-        for block in taken:
-            self.holders[block] = 1
-        return taken
-
-    def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to each of these blocks, which are held or kept already."""
-        holders = self.holders
         for block in blocks:
-            count = holders[block]
+            self.ref_counts[block] = 1
+        return blocks
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each of these blocks, which are referenced or cached already."""
+        counts = self.ref_counts
+        for block in blocks:
+            count = counts[block]
             if count == 0:
-                if not self.kept[block]:
-                    raise CacheError(f"block {block} is free: it is taken, not held")
-                del self.idle[block]
+                if not self.cached[block]:
+                    raise CacheError(f"block {block} is free: allocate it before it is shared")
+                del self.evictable[block]
             elif count == 1:
-                self.shared += 1
-            holders[block] = count + 1
+                self.num_shared += 1
+            counts[block] = count + 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Take a holder from each of these blocks, in this order.
+    def release(self, blocks: Iterable[int], *, copied_later: bool = False) -> None:
+        """Remove a reference from each of these blocks, in this order.
 
-        A prefix's blocks are released from its end to its beginning: the order in which idle ones are evicted.
+        A prefix's blocks are released from its end to its beginning: the order in which they are evicted.
+
+        Args:
+            blocks: their ids.
+            copied_later: the caller still has to copy their contents (swapping): they are scrubbed when they are
+                allocated again.
 
         Raises:
-            CacheError: a block has no holder.
+            CacheError: a block has no reference.
         """
         freed = []
-        holders = self.holders
+        counts = self.ref_counts
         for block in blocks:
-            count = holders[block] - 1
+            count = counts[block] - 1
             if count < 0:
-                raise CacheError(f"block {block} is released, but nobody holds it")
-            holders[block] = count
+                raise CacheError(f"block {block} is released, but no sequence references it")
+            counts[block] = count
             if count == 1:
-                self.shared -= 1
+                self.num_shared -= 1
             elif count == 0:
-                if self.kept[block]:
-                    self.idle[block] = None
+                if self.cached[block]:
+                    self.evictable[block] = None
                 else:
                     freed.append(block)
-        self._give_back(freed)
+        self._add_free(freed, copied_later)
 
-    def keep(self, block: int) -> None:
-        """Let the prefix cache keep a block that a sequence holds."""
-        if not self.holders[block] or self.kept[block]:
-            raise CacheError(f"block {block} cannot be kept: it is {'kept already' if self.kept[block] else 'free'}")
-        self.kept[block] = 1
+    def mark_cached(self, block: int) -> None:
+        """Put a block that a sequence references into the prefix cache."""
+        if not self.ref_counts[block] or self.cached[block]:
+            state = "cached already" if self.cached[block] else "free"
+            raise CacheError(f"block {block} cannot be cached: it is {state}")
+        self.cached[block] = 1
 
-    def drop(self, blocks: Iterable[int]) -> None:
-        """Let the prefix cache give up blocks; those that nobody holds are free."""
+    def evict(self, blocks: Iterable[int]) -> None:
+        """Remove blocks from the prefix cache; those without a reference are free."""
         freed = []
         for block in blocks:
-            if not self.kept[block]:
-                raise CacheError(f"block {block} is dropped, but not kept")
-            self.kept[block] = 0
-            if not self.holders[block]:
-                del self.idle[block]
+            if not self.cached[block]:
+                raise CacheError(f"block {block} is evicted, but not cached")
+            self.cached[block] = 0
+            if not self.ref_counts[block]:
+                del self.evictable[block]
                 freed.append(block)
-        self._give_back(freed)
+        self._add_free(freed, copied_later=False)
 
     def grow(self, num_blocks: int) -> None:
-        """Add free blocks, up to this many in all: the new ones are taken last.
+        """Add free blocks, up to this many in all: the new ones are allocated last.
 
         Raises:
             CacheError: there are more already.
@@ -135,12 +148,26 @@ class BlockPool:
         if more < 0:
             raise CacheError(f"a pool of {self.num_blocks} blocks cannot become one of {num_blocks}")
         self._free[:0] = range(num_blocks - 1, self.num_blocks - 1, -1)
-        self.holders += [0] * more
-        self.kept += bytes(more)
+        self.ref_counts += [0] * more
+        self.cached += bytes(more)
         self.num_blocks = num_blocks
 
-    def _give_back(self, freed: list[int]) -> None:
-        if freed:
-            if self._scrub is not None:
-                self._scrub(freed)
-            self._free.extend(reversed(freed))
+    def scrub_freed(self) -> None:
+        """Scrub the blocks that this call of the manager has freed; its state is consistent by now."""
+        if self._freed:
+            self._run_scrub(list(self._freed))
+
+    def _add_free(self, freed: list[int], copied_later: bool) -> None:
+        self._free.extend(reversed(freed))
+        if self._scrub is not None:
+            if copied_later:
+                self._copied_later.update(freed)
+            else:
+                self._freed.update(dict.fromkeys(freed))
+
+    def _run_scrub(self, blocks: list[int]) -> None:
+        if blocks and self._scrub is not None:
+            self._scrub(list(blocks))
+            for block in blocks:
+                self._freed.pop(block, None)
+                self._copied_later.discard(block)

@@ -1,29 +1,24 @@
-"""What the manager answers: a step, a swap, that there is no room, figures of use."""
+"""Results of the cache manager: a scheduled step, a swap, a lack of blocks, figures of use."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-import numpy as np
-
+from attn_dispatch.cache.sequence import I64, Sequence
 from attn_dispatch.contract import AttentionMetadata
 from attn_dispatch.contract.pages import I32
 
-if TYPE_CHECKING:
-    from attn_dispatch.cache.sequence import Sequence
-
-__all__ = ["Exhausted", "Step", "Swap", "Usage"]
+__all__ = ["OutOfBlocks", "ScheduledStep", "Swap", "Usage"]
 
 
 @dataclass(frozen=True)
-class Exhausted:
+class OutOfBlocks:
     """There are not enough blocks; nothing has been changed. False in a condition, so that `if not step:` reads well.
 
     Attributes:
-        needed: blocks that the call would have taken.
-        free: blocks that it could have had: free ones, and cached ones that are not the prefixes it would use itself.
+        needed: blocks that the call would have allocated.
+        free: blocks that were available: free ones, and evictable ones that are not the prefixes it would use itself.
         where: "device", or "host" for swap space.
     """
 
@@ -36,19 +31,20 @@ class Exhausted:
 
     def __str__(self) -> str:
         return (
-            f"{self.needed} {self.where} blocks are needed, {self.free} can be had: "
+            f"{self.needed} {self.where} blocks are needed, {self.free} {'is' if self.free == 1 else 'are'} available: "
             "free, preempt or swap out a sequence"
         )
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class ScheduledStep:
     """One step, ready for `AttentionMetadata`: run it, then `commit` it.
 
     Attributes:
         sequences: in the batch's order.
         query_lens: i32[S], tokens that each computes in this step.
         seq_lens: i32[S], tokens in the cache after it.
+        tokens: i64[T], the ids of the tokens that it computes: what the model's embedding takes.
         block_table: i32[S, M], 0 beyond each sequence's blocks.
         block_size: B.
         copy_from, copy_to: blocks to copy in every layer's cache before the step runs
@@ -58,6 +54,7 @@ class Step:
     sequences: tuple[Sequence, ...]
     query_lens: I32
     seq_lens: I32
+    tokens: I64
     block_table: I32
     block_size: int
     copy_from: list[int] = field(default_factory=list)
@@ -73,19 +70,12 @@ class Step:
         """Rows of q, T."""
         return int(self.query_lens.sum())
 
-    @cached_property
-    def tokens(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The ids of the step's tokens, i64[T]: what the model's embedding takes."""
-        rows = [
-            seq.tokens[end - new : end]
-            for seq, new, end in zip(self.sequences, self.query_lens.tolist(), self.seq_lens.tolist(), strict=True)
-        ]
-        return np.concatenate(rows) if rows else np.zeros(0, np.int64)
-
 
 @dataclass(frozen=True)
 class Swap:
     """Blocks to copy between the device's cache and the host's, in every layer, before the next step runs.
+
+    With a `scrub` callback, before the next call that allocates device blocks: it overwrites those swapped out.
 
     Attributes:
         pairs: (source, target): of `device.swap_blocks(host, pairs)` after `swap_out`, of
@@ -104,12 +94,12 @@ class Usage:
 
     Attributes:
         num_blocks: N.
-        free_blocks: hold nothing.
-        cached_blocks: hold a prefix that no sequence uses now; evicted when room is needed.
-        held_blocks: belong to at least one sequence.
-        shared_blocks: belong to several.
-        unused_slots: slots of held blocks that hold no token.
-        waste: `unused_slots` as a share of all slots of held blocks.
+        free_blocks: store nothing.
+        cached_blocks: store a prefix that no sequence uses now; evicted when room is needed.
+        used_blocks: referenced by at least one sequence.
+        shared_blocks: referenced by several.
+        unused_slots: slots of used blocks without a token.
+        waste: `unused_slots` as a share of all slots of used blocks.
         prompt_tokens: tokens of sequences that have begun to run.
         hit_tokens: those of them that were found in the cache.
         evicted_blocks, copied_blocks, swapped_blocks: counts.
@@ -119,7 +109,7 @@ class Usage:
     num_blocks: int
     free_blocks: int
     cached_blocks: int
-    held_blocks: int
+    used_blocks: int
     shared_blocks: int
     unused_slots: int
     waste: float

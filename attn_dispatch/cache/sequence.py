@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from attn_dispatch.cache.radix import Node
-    from attn_dispatch.cache.results import Step
+from attn_dispatch.cache.radix import Node
+from attn_dispatch.errors import CacheError
 
-__all__ = ["Sequence", "as_tokens"]
+__all__ = ["I64", "Sequence", "as_tokens", "tenant_key"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -23,21 +21,24 @@ class Sequence:
     Attributes:
         id: unique within the manager.
         tenant: whose prefixes it may share.
+        cacheable: whether the prefix cache may store its blocks.
         computed: tokens whose keys and values are in the cache.
-        published: of its blocks, those that the prefix cache keeps: always the first ones.
-        pending: tokens that a step not yet committed brings (that `step`).
+        published: of its blocks, those in the prefix cache: always the first ones.
+        pending: tokens of a step that is not yet committed (that `step`).
         swapped: its blocks are in host memory.
         alive: not freed.
     """
 
     __slots__ = (
-        "_blocks", "_num_blocks", "_num_tokens", "_tokens", "alive", "computed", "counted", "id", "node", "pending",
-        "published", "step", "swapped", "tenant",
+        "_blocks", "_num_blocks", "_num_tokens", "_tokens", "alive", "cacheable", "computed", "counted", "id", "node",
+        "pending", "published", "step", "swapped", "tenant", "tenant_key",
     )  # fmt: skip
 
-    def __init__(self, number: int, tokens: I64, tenant: Hashable) -> None:
+    def __init__(self, number: int, tokens: I64, tenant: Hashable, cacheable: bool = True) -> None:
         self.id = number
         self.tenant = tenant
+        self.tenant_key = tenant_key(tenant)
+        self.cacheable = cacheable
         self.computed = 0
         self.published = 0
         self.pending = 0
@@ -45,7 +46,7 @@ class Sequence:
         self.alive = True
         self.counted = False  # its prompt is part of the hit rate
         self.node: Node | None = None  # of its last published block
-        self.step: Step | None = None
+        self.step: object = None  # compared by identity
         self._tokens = tokens
         self._num_tokens = len(tokens)
         self._blocks: npt.NDArray[np.int32] = np.zeros(8, np.int32)
@@ -113,8 +114,8 @@ class Sequence:
         self._blocks[index] = block
 
     def copy(self, number: int) -> Sequence:
-        """Return a sequence with the same tokens and blocks (whose holders the caller counts)."""
-        other = Sequence(number, self.tokens.copy(), self.tenant)
+        """Return a sequence with the same tokens and blocks (whose references the caller adds)."""
+        other = Sequence(number, self.tokens.copy(), self.tenant, self.cacheable)
         other.computed, other.published, other.node = self.computed, self.published, self.node
         other.counted = True  # its prompt has been counted once
         other.extend_blocks(self.blocks.tolist())
@@ -126,6 +127,35 @@ class Sequence:
 
 
 def as_tokens(tokens: Iterable[int] | I64) -> I64:
-    """Return token ids as an array that belongs to nobody else, i64[length]."""
-    listed = tokens if isinstance(tokens, np.ndarray) else list(tokens)
-    return np.array(listed, dtype=np.int64).reshape(-1)
+    """Return token ids as an array that belongs to nobody else, i64[length].
+
+    Raises:
+        CacheError: they are not whole numbers of 64 bits in one dimension.
+    """
+    ids = np.asarray(tokens if hasattr(tokens, "__array__") else list(tokens))
+    if not ids.size and ids.ndim == 1:
+        return np.zeros(0, np.int64)
+    if (
+        ids.ndim != 1
+        or ids.dtype.kind not in "iu"
+        or (ids.dtype.kind == "u" and int(ids.max()) > np.iinfo(np.int64).max)
+    ):
+        raise CacheError(f"tokens must be whole numbers in one dimension, not {ids.dtype} of shape {ids.shape}")
+    return ids.astype(np.int64)
+
+
+def tenant_key(tenant: Hashable) -> Hashable:
+    """Return what tells tenants apart: equal values of different types (1, True, 1.0) are different tenants.
+
+    Raises:
+        CacheError: the tenant cannot be hashed.
+    """
+    try:
+        hash(tenant)
+    except TypeError as error:
+        raise CacheError(f"tenant={tenant!r} must be hashable") from error
+    if isinstance(tenant, tuple):
+        return type(tenant), tuple(map(tenant_key, tenant))
+    if isinstance(tenant, frozenset):
+        return type(tenant), frozenset(map(tenant_key, tenant))
+    return type(tenant), tenant

@@ -80,7 +80,7 @@ def as_json(
             "hit_rate": run.hit_rate,
             "blocks_shared": run.blocks_shared,
             "blocks_unshared": run.blocks_unshared,
-            "blocks_cached": len(cache.pool.idle),
+            "blocks_cached": len(cache.pool.evictable),
             "blocks_evicted": run.evicted_blocks,
         },
     }

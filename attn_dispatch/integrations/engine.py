@@ -2,8 +2,8 @@
 
 Each step is one row of tokens, [1, T]: whole prompts side by side (long ones in pieces), or one token of every
 sequence that is still going. What several prompts begin with is computed once: the first one computes it, the others
-wait for that step and then share its blocks. A sequence that ends leaves the batch; its blocks can be had by those that
-wait, and until then what they hold is found again by prompts that begin with the same tokens.
+wait for that step and then share its blocks. A sequence that ends leaves the batch; its blocks are available to those
+that wait, and until then what they store is found again by prompts that begin with the same tokens.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class Engine:
             sequence = waiting[0]
             if not sequence.begun:
                 sequence.held = manager.begin(sequence.prompt)
-            manager.attach(sequence.held)
+            manager.acquire_cached_prefix(sequence.held)
             promised += missing(sequence)
             if not self.cache.grows and promised > manager.pool.num_available:
                 manager.preempt(sequence.held)
@@ -174,7 +174,7 @@ class Engine:
         """Return what of the prompts is computed next, within a step's number of tokens."""
         manager, pieces, room = self.cache.manager, [], self.max_step_tokens
         prompts = {sequence.held.id: sequence for sequence in running if not sequence.tokens}
-        for held in manager.apart([sequence.held for sequence in prompts.values()]):
+        for held in manager.without_common_prefix([sequence.held for sequence in prompts.values()]):
             count = min(held.length - manager.cached_tokens(held), room)
             if count > 0:
                 pieces.append((prompts[held.id], count))
@@ -193,7 +193,7 @@ class Engine:
         self.cache.manager.commit(step)
         return step.num_tokens, logits
 
-    def _forward(self, step: cache.Step) -> Any:
+    def _forward(self, step: cache.ScheduledStep) -> Any:
         device = self.model.device
         ends = np.cumsum(step.query_lens)
         # A token's place in its sequence, from its place in the row.

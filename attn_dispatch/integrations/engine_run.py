@@ -117,12 +117,12 @@ class Run:
     def look(self, manager: cache.CacheManager) -> None:
         """Record what is in use during a step."""
         usage = manager.usage()
-        slots = usage.held_blocks * manager.block_size
+        slots = usage.used_blocks * manager.block_size
         self._slots += slots
         self._unused_slots += usage.unused_slots
         self.blocks_shared = max(self.blocks_shared, usage.shared_blocks)
-        if usage.held_blocks >= self.blocks_peak:
-            self.blocks_peak, self.tokens_at_peak = usage.held_blocks, slots - usage.unused_slots
+        if usage.used_blocks >= self.blocks_peak:
+            self.blocks_peak, self.tokens_at_peak = usage.used_blocks, slots - usage.unused_slots
             self.blocks_unshared = sum(seq.num_blocks for seq in manager.sequences)
 
     def count(self, before: cache.Usage, after: cache.Usage) -> None:

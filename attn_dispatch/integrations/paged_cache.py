@@ -16,7 +16,7 @@ from transformers import Cache
 
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Plan
-from attn_dispatch.cache import CacheManager, Exhausted, Sequence, Step
+from attn_dispatch.cache import CacheManager, OutOfBlocks, ScheduledStep, Sequence
 from attn_dispatch.contract import AttentionSpec, KVCache
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
 from attn_dispatch.errors import CacheError, ModelError, PlanError
@@ -103,7 +103,7 @@ class PagedCache(Cache):  # type: ignore[misc]
 
     # A step.
 
-    def next_step(self, wanted: Iterable[tuple[Sequence, int]]) -> Step:
+    def next_step(self, wanted: Iterable[tuple[Sequence, int]]) -> ScheduledStep:
         """Announce a packed step: the model is called next with the step's tokens in one row, [1, T].
 
         Its keys and values are then in the cache: `manager.commit(step)`.
@@ -117,7 +117,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         if self.length:
             raise CacheError("this cache holds a padded batch; reset() it before packed steps")
         wanted = list(wanted)
-        while isinstance(step := self.manager.step(wanted), Exhausted):
+        while isinstance(step := self.manager.step(wanted), OutOfBlocks):
             if not self.grows:
                 raise CacheError(f"{step}, or give the cache more with num_blocks= (it has {self.pool.num_blocks})")
             self.manager.grow(self.pool.num_blocks + max(self.pool.num_blocks, step.needed))
@@ -157,7 +157,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             raise CacheError(f"layer {layer.index} missed a step: its keys and values would be of other tokens")
         layer.step_number = self._number
 
-    def ready(self, mask: Any) -> tuple[PagedStep, StepBatch | Step]:
+    def ready(self, mask: Any) -> tuple[PagedStep, StepBatch | ScheduledStep]:
         """Return the step with its batch, which is made when the first layer attends.
 
         Args:
@@ -217,7 +217,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             bound = self._bound[module] = BoundLayer(chosen, self._groups.index(group))
         return bound
 
-    def plan(self, step: PagedStep, batch: StepBatch | Step, bound: BoundLayer) -> Plan:
+    def plan(self, step: PagedStep, batch: StepBatch | ScheduledStep, bound: BoundLayer) -> Plan:
         """Return the step's plan for the specs that are equal to this layer's, made once."""
         plans = step.plans
         while len(plans) <= bound.group:
@@ -227,7 +227,7 @@ class PagedCache(Cache):  # type: ignore[misc]
             plan = plans[bound.group] = bound.attention.plan(batch.metadata)
         return plan
 
-    def store(self, layer: PagedLayer, batch: StepBatch | Step, bound: BoundLayer, device: Any) -> KVCache:
+    def store(self, layer: PagedLayer, batch: StepBatch | ScheduledStep, bound: BoundLayer, device: Any) -> KVCache:
         """Return a layer's blocks, as many as the pool has, with shared ones copied before they are written into."""
         store = layer.store
         if store is None or store.num_blocks < self.pool.num_blocks:

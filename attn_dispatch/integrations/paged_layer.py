@@ -8,7 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from attn_dispatch.attention import Attention
 from attn_dispatch.backend import Plan
-from attn_dispatch.cache import Step
+from attn_dispatch.cache import ScheduledStep
 from attn_dispatch.contract import KVCache
 from attn_dispatch.errors import CacheError
 from attn_dispatch.integrations.sequences import StepBatch
@@ -24,7 +24,7 @@ class PagedStep:
 
     __slots__ = ("attended", "batch", "batch_size", "length", "plans", "rows")
 
-    def __init__(self, batch_size: int, length: int, batch: StepBatch | Step | None = None) -> None:
+    def __init__(self, batch_size: int, length: int, batch: StepBatch | ScheduledStep | None = None) -> None:
         self.batch_size = batch_size
         self.length = length
         self.batch = batch

@@ -80,7 +80,7 @@ class Sequences:
         after = before + new
         wanted = -(-after // np.int32(self.block_size))
         missing = wanted - self._used[rows]
-        shared = self._written_and_shared(rows, before, new) if self.pool.shared else []
+        shared = self._written_and_shared(rows, before, new) if self.pool.num_shared else []
         fresh = self._take(int(missing.sum()) + len(shared))
         copy_from, copy_to = [], []
         for row, at in shared:
@@ -115,7 +115,7 @@ class Sequences:
                     "with num_blocks=, or run fewer or shorter sequences at once"
                 )
             pool.grow(pool.num_blocks + max(pool.num_blocks, count))
-        return pool.take(count)
+        return pool.allocate(count)
 
     def _written_and_shared(self, rows: Rows, before: I32, new: I32) -> list[tuple[int, int]]:
         """Return (row, entry of its table) of the blocks that this step writes into while somebody else holds them."""
@@ -126,7 +126,7 @@ class Sequences:
                 continue
             at = length // self.block_size
             block = int(self._table[row, at])
-            holders = left.setdefault(block, self.pool.holders[block])
+            holders = left.setdefault(block, self.pool.ref_counts[block])
             if holders > 1:  # the last one to ask may keep it
                 left[block] = holders - 1
                 found.append((row, at))
@@ -165,7 +165,7 @@ class Sequences:
             raise CacheError(f"rows {order.tolist()} are to be kept of a batch of {self.count} sequences")
         blocks = [self._table[row, : self._used[row]].tolist() for row in range(len(self.lens))]
         for row in order:
-            self.pool.hold(blocks[row])
+            self.pool.acquire(blocks[row])
         for held in blocks:
             self.pool.release(held)
         self.lens, self._used, self._table = self.lens[order], self._used[order], self._table[order]

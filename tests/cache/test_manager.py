@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import attn_dispatch as ad
-from attn_dispatch.cache import BlockPool, CacheManager, Exhausted, PrefixTree, Sequence, Step
+from attn_dispatch.cache import BlockPool, CacheManager, OutOfBlocks, PrefixTree, ScheduledStep, Sequence, Swap
 from attn_dispatch.errors import CacheError
 
 
-def run(manager: CacheManager, *wanted: Sequence | tuple[Sequence, int]) -> Step:
+def run(manager: CacheManager, *wanted: Sequence | tuple[Sequence, int]) -> ScheduledStep:
     step = manager.step(wanted)
-    assert isinstance(step, Step), step
+    assert isinstance(step, ScheduledStep), step
     manager.commit(step)
     return step
 
@@ -51,7 +51,7 @@ def test_the_last_token_is_computed_even_if_it_is_cached() -> None:
     again = manager.begin(range(8))
     assert run(manager, again).query_lens.tolist() == [4]
     # What it computed again is there already: it has the first one's block now, its own is free.
-    assert manager.usage().held_blocks == 2
+    assert manager.usage().used_blocks == 2
     assert manager.usage().shared_blocks == 2
 
 
@@ -70,34 +70,33 @@ def test_prompts_with_a_common_prefix_wait_for_the_first_one() -> None:
     manager = CacheManager(16, 4)
     prompts = [[*range(9)], [*range(9), 3], [*range(4), 7, 7, 7], [*range(3)], [*range(8)]]
     one, two, three, short, full = (manager.begin(prompt) for prompt in prompts)
-    assert manager.apart([one, two, three, short, full]) == [one, short]
-    assert manager.apart([full, one]) == [full]
-    assert manager.apart([short, three, one]) == [short, three]
+    assert manager.without_common_prefix([one, two, three, short, full]) == [one, short]
+    assert manager.without_common_prefix([full, one]) == [full]
+    assert manager.without_common_prefix([short, three, one]) == [short, three]
     step = manager.step([one, short])
-    assert isinstance(step, Step)
-    assert manager.apart([two, three, full]) == [two]  # what is not committed cannot be used yet
+    assert isinstance(step, ScheduledStep)
+    assert manager.without_common_prefix([two, three, full]) == [two]  # what is not committed cannot be used yet
     manager.commit(step)
-    assert manager.apart([two, three, full]) == [two, three, full]
+    assert manager.without_common_prefix([two, three, full]) == [two, three, full]
     assert [manager.cached_tokens(seq) for seq in (two, three, full)] == [8, 4, 4]
     other = manager.begin([*range(9)], tenant="another")
-    assert manager.apart([manager.begin([*range(4), 9, 9, 9, 9, 9]), manager.begin([*range(4), 9, 9, 9, 9, 8]), other])[
-        1:
-    ] == [other]
+    pair = [manager.begin([*range(4), 9, 9, 9, 9, last]) for last in (9, 8)]
+    assert manager.without_common_prefix([*pair, other])[1:] == [other]
 
 
-def test_what_is_attached_is_not_evicted() -> None:
+def test_an_acquired_prefix_is_not_evicted() -> None:
     manager = CacheManager(4, 4)
     first = manager.begin([*range(9)])
     step = manager.step([first])
-    assert isinstance(step, Step)
+    assert isinstance(step, ScheduledStep)
     manager.commit(step)
     manager.free(first)
     second = manager.begin([*range(9)])
-    manager.attach(second)
+    manager.acquire_cached_prefix(second)
     assert (second.computed, manager.pool.in_use, manager.pool.num_available) == (8, 2, 2)
-    assert isinstance(manager.step([manager.begin([9] * 12)]), Exhausted)
+    assert isinstance(manager.step([manager.begin([9] * 12)]), OutOfBlocks)
     manager.preempt(second)
-    assert isinstance(manager.step([manager.begin([9] * 12)]), Step)
+    assert isinstance(manager.step([manager.begin([9] * 12)]), ScheduledStep)
 
 
 def test_tenants_share_nothing() -> None:
@@ -132,18 +131,18 @@ def test_a_prefix_in_use_is_never_evicted() -> None:
     manager = CacheManager(4, 2)
     begun(manager, [1, 1, 2, 2, 0])
     found = manager.step([manager.begin([7] * 5)])
-    assert isinstance(found, Exhausted)
+    assert isinstance(found, OutOfBlocks)
     assert (found.needed, found.free, found.where) == (3, 1, "device")
-    assert "3 device blocks are needed, 1 can be had" in str(found)
+    assert "3 device blocks are needed, 1 is available" in str(found)
 
 
 def test_exhaustion_changes_nothing() -> None:
     manager = CacheManager(4, 2)
     manager.free(begun(manager, [1, 1, 2, 2, 0]))
-    before = (manager.usage(), list(manager.pool.idle))
+    before = (manager.usage(), list(manager.pool.evictable))
     # It would use the two cached blocks, and needs three beside them: two are free.
     found = manager.step([manager.begin([1, 1, 2, 2, 3, 3, 4, 4, 5])])
-    assert found == Exhausted(3, 2)
+    assert found == OutOfBlocks(3, 2)
     assert manager.usage() == before[0]
     assert manager.cached_tokens(manager.begin([1, 1, 2, 2, 3])) == 4
 
@@ -172,7 +171,7 @@ def test_beam_search_on_a_real_cache() -> None:
 
     def advance(beams: list[Sequence]) -> np.ndarray:
         step = manager.step(beams)
-        assert isinstance(step, Step)
+        assert isinstance(step, ScheduledStep)
         cache.copy_blocks(step.copy_from, step.copy_to)
         q, k, v = table[:, step.tokens]
         out = attn.run(attn.plan(step.metadata), q, k, v, cache)
@@ -201,7 +200,7 @@ def test_beam_search_on_a_real_cache() -> None:
     assert manager.usage().copied_blocks > 3
     for beam in beams:
         manager.free(beam)
-    assert manager.usage().held_blocks == 0
+    assert manager.usage().used_blocks == 0
 
 
 def test_rejected_drafts_are_cut_off_and_a_published_block_is_not_overwritten() -> None:
@@ -225,7 +224,7 @@ def test_swapping_keeps_the_contents() -> None:
     device, host = attn.allocate(4), attn.allocate(4)
     seq = manager.begin(range(10))
     step = manager.step([seq])
-    assert isinstance(step, Step)
+    assert isinstance(step, ScheduledStep)
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 10, 2, 8)).astype(np.float32)
     attn.run(attn.plan(step.metadata), q, k, v, device)
@@ -233,12 +232,12 @@ def test_swapping_keeps_the_contents() -> None:
     out = manager.swap_out([seq])
     assert out
     device.swap_blocks(host, out.pairs)
-    assert manager.usage().held_blocks == 0
+    assert manager.usage().used_blocks == 0
     with pytest.raises(CacheError, match="swap_in it first"):
         manager.step([seq])
     other = begun(manager, [50] * 16)  # takes every block: what was cached of the first is evicted
     device.arrays["key"][:] = 0
-    assert isinstance(manager.swap_in([seq]), Exhausted)
+    assert isinstance(manager.swap_in([seq]), OutOfBlocks)
     manager.free(other)
     back = manager.swap_in([seq])
     assert back
@@ -263,7 +262,7 @@ def test_forks_move_what_they_share_once() -> None:
     (fork,) = manager.fork(seq)
     swap = manager.swap_out([seq, fork])
     assert len(swap.pairs) == 3
-    assert manager.host_pool.holders == [2, 2, 2]
+    assert manager.host_pool.ref_counts == [2, 2, 2]
     manager.swap_in([seq, fork])
     assert seq.blocks.tolist() == fork.blocks.tolist()
 
@@ -271,7 +270,7 @@ def test_forks_move_what_they_share_once() -> None:
 def test_no_room_in_host_memory() -> None:
     manager = CacheManager(8, 4, host_blocks=2)
     seq = begun(manager, range(10))
-    assert manager.swap_out([seq]) == Exhausted(3, 2, "host")
+    assert manager.swap_out([seq]) == OutOfBlocks(3, 2, "host")
     assert not seq.swapped
     manager.append(seq, [1])
     run(manager, seq)
@@ -292,12 +291,12 @@ def test_a_step_that_never_ran_is_given_up() -> None:
     manager = CacheManager(4, 4)
     seq = manager.begin(range(10))
     step = manager.step([seq])
-    assert isinstance(step, Step)
+    assert isinstance(step, ScheduledStep)
     manager.preempt(seq)
     manager.commit(step)
     assert (seq.computed, manager.pool.num_free, len(manager.tree)) == (0, 4, 0)
     other = manager.step([seq])
-    assert isinstance(other, Step)
+    assert isinstance(other, ScheduledStep)
     manager.commit(step)  # the old one again: not the one that is under way
     assert (seq.computed, seq.pending) == (0, 10)
     manager.commit(other)
@@ -308,7 +307,7 @@ def test_a_pool_that_grows() -> None:
     manager = CacheManager(2, 4)
     seq = begun(manager, range(8))
     manager.append(seq, [8])
-    assert manager.step([seq]) == Exhausted(1, 0)
+    assert manager.step([seq]) == OutOfBlocks(1, 0)
     manager.grow(4)
     run(manager, seq)
     assert seq.blocks.tolist() == [0, 1, 2]
@@ -341,11 +340,11 @@ def test_freed_blocks_are_scrubbed_before_anybody_gets_them() -> None:
         (lambda m, s: m.free(CacheManager(2).begin([1])), "is not alive here"),
         (lambda m, s: (m.append(s, [1]), m.step([s]), m.step([s])), "not committed"),
         (lambda m, s: (m.append(s, [1]), m.step([s]), m.fork(s)), "not committed"),
-        (lambda m, s: m.pool.take(99), "99 blocks are to be taken"),
-        (lambda m, s: m.pool.release([7]), "nobody holds it"),
-        (lambda m, s: m.pool.hold([7]), "block 7 is free"),
-        (lambda m, s: m.pool.keep(7), "cannot be kept: it is free"),
-        (lambda m, s: m.pool.drop([7]), "not kept"),
+        (lambda m, s: m.pool.allocate(99), "99 blocks are to be allocated"),
+        (lambda m, s: m.pool.release([7]), "no sequence references it"),
+        (lambda m, s: m.pool.acquire([7]), "block 7 is free"),
+        (lambda m, s: m.pool.mark_cached(7), "cannot be cached: it is free"),
+        (lambda m, s: m.pool.evict([7]), "not cached"),
         (lambda m, s: m.tree.remove(int(s.blocks[0])), "followed by others"),
         (lambda m, s: m.tree.remove(7), "not in the tree"),
         (lambda m, s: m.tree.path(7), "not in the tree"),
@@ -418,3 +417,138 @@ def test_a_tree_refuses_a_place_that_is_taken() -> None:
     with pytest.raises(CacheError, match="it is in the tree"):
         tree.add(node, "a", b"y", 1)
     assert tree.child(None, "b", b"x") is None
+
+
+def swap_world(num_blocks: int, **named: Any) -> tuple[CacheManager, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """A manager whose scrub callback zeroes blocks of a device cache beside it, and a host cache."""
+    device, host = np.zeros((num_blocks, 2), np.int64), np.zeros((4, 2), np.int64)
+
+    def scrub(blocks: list[int]) -> None:
+        device[blocks] = 0
+
+    return CacheManager(num_blocks, 2, host_blocks=4, scrub=scrub, **named), device, host
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_swapped_blocks_are_scrubbed_after_they_were_copied(prefix_caching: bool) -> None:
+    manager, device, host = swap_world(4, prefix_caching=prefix_caching)
+    seq = begun(manager, [5, 6, 7])
+    device[seq.blocks] = [[5, 6], [7, 0]]
+    swap = manager.swap_out([seq])
+    assert isinstance(swap, Swap)
+    for source, target in swap.pairs:
+        host[target] = device[source]
+    other = begun(manager, [9] * 8)  # takes every block: what was swapped out is gone from all of them
+    assert not device[other.blocks].any()
+    manager.free(other)
+    swap = manager.swap_in([seq])
+    assert isinstance(swap, Swap)
+    for source, target in swap.pairs:
+        device[target] = host[source]
+    assert device[seq.blocks].reshape(-1)[:3].tolist() == [5, 6, 7]
+
+
+def test_a_scrub_that_raises_loses_no_block() -> None:
+    calls: list[list[int]] = []
+
+    def scrub(blocks: list[int]) -> None:
+        calls.append(blocks)
+        if len(calls) <= 2:
+            raise OSError("the device is busy")
+
+    manager = CacheManager(4, 2, prefix_caching=False, scrub=scrub)
+    seq, other = begun(manager, [1] * 5), manager.begin([2])
+    with pytest.raises(OSError, match="busy"):
+        manager.free(seq)
+    assert not seq.alive
+    assert manager.pool.num_free == 4
+    with pytest.raises(OSError, match="busy"):  # its block has not been scrubbed: nobody gets it
+        manager.step([other])
+    assert (other.num_blocks, other.pending, manager.pool.num_free) == (0, 0, 4)
+    run(manager, other)
+    assert calls[2] == [int(other.blocks[0])]
+    manager.free(other)
+    assert manager.usage().free_blocks == 4
+
+
+class Spiteful:
+    """A tenant whose hash fails from some moment on."""
+
+    fails = False
+
+    def __hash__(self) -> int:
+        if self.fails:
+            raise TypeError("unhashable")
+        return 1
+
+
+def test_a_step_that_raises_changes_nothing() -> None:
+    manager = CacheManager(8, 2)
+    manager.free(begun(manager, [1, 1, 2, 2, 0]))
+    tenant = Spiteful()
+    good, bad = manager.begin([1, 1, 2, 2, 3]), manager.begin([1, 1, 2, 2, 3], tenant=tenant)
+    before = manager.usage()
+    tenant.fails = True
+    with pytest.raises(TypeError, match="unhashable"):
+        manager.step([good, bad])
+    assert manager.usage() == before
+    assert (good.num_blocks, good.computed, good.pending, good.published) == (0, 0, 0, 0)
+    assert run(manager, good).query_lens.tolist() == [1]
+
+
+def test_a_tenant_that_cannot_be_hashed_is_refused() -> None:
+    manager = CacheManager(8, 2)
+    with pytest.raises(CacheError, match=r"tenant=\[1\] must be hashable"):
+        manager.begin([1], tenant=[1])  # type: ignore[arg-type]
+    assert manager.sequences == ()
+
+
+@pytest.mark.parametrize(
+    ("mine", "yours"), [(1, True), (1, 1.0), ((1, "a"), (True, "a")), (frozenset([0]), frozenset([False]))]
+)
+def test_tenants_of_different_types_are_different(mine: Any, yours: Any) -> None:
+    assert mine == yours
+    manager = CacheManager(8, 2)
+    begun(manager, range(5), tenant=mine)
+    assert manager.cached_tokens(manager.begin(range(5), tenant=yours)) == 0
+    assert manager.cached_tokens(manager.begin(range(5), tenant=mine)) == 4
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[1.9, 2.2], np.array([1.5]), ["a"], [2**70], np.array([2**63], np.uint64), np.array([[1, 2], [3, 4]])],
+    ids=repr,
+)
+def test_tokens_that_are_not_whole_numbers_are_refused(tokens: Any) -> None:
+    manager = CacheManager(8, 2)
+    seq = manager.begin([1])
+    for call in (manager.begin, lambda tokens: manager.append(seq, tokens)):
+        with pytest.raises(CacheError, match="whole numbers in one dimension"):
+            call(tokens)
+    assert (seq.length, manager.sequences) == (1, (seq,))
+
+
+def test_a_step_keeps_the_tokens_that_it_was_scheduled_with() -> None:
+    manager = CacheManager(8, 2)
+    first, second = manager.begin([1, 2, 3]), manager.begin([4, 5])
+    step = manager.step([first, second])
+    assert isinstance(step, ScheduledStep)
+    manager.preempt(first)
+    manager.truncate(first, 1)
+    assert step.tokens.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_sequences_outside_the_prefix_cache() -> None:
+    manager = CacheManager(8, 2)
+    first = begun(manager, [0] * 5)
+    second = manager.begin([0] * 5, cacheable=False)
+    assert manager.cached_tokens(second) == 0
+    assert manager.without_common_prefix([second, manager.begin([0] * 5, cacheable=False)])[1:] != []
+    run(manager, second)
+    (fork,) = manager.fork(second)
+    assert not fork.cacheable
+    manager.free(second)
+    manager.free(fork)
+    assert manager.usage().cached_blocks == 0
+    manager.free(first)
+    assert manager.usage().cached_blocks == 2

@@ -35,7 +35,7 @@ def test_hit_rate_beside_an_infinite_cache(radix: ModuleType, name: str, seed: i
     assert usage.prompt_tokens == sum(len(request.prompt) for request in trace.requests)
     assert usage.evicted_blocks == 0
     assert usage.hit_rate >= 0.95 * radix.oracle_hit_rate(trace)
-    assert usage.held_blocks == 0
+    assert usage.used_blocks == 0
 
 
 def test_with_little_memory_it_evicts_and_goes_on(radix: ModuleType) -> None:
@@ -46,7 +46,7 @@ def test_with_little_memory_it_evicts_and_goes_on(radix: ModuleType) -> None:
     usage = manager.usage()
     assert usage.evicted_blocks > 100
     assert 0 < usage.hit_rate < 0.95 * radix.oracle_hit_rate(trace)
-    assert usage.held_blocks == 0
+    assert usage.used_blocks == 0
 
 
 def test_the_same_seed_gives_the_same_trace(radix: ModuleType) -> None:

@@ -143,7 +143,7 @@ def test_sharing_makes_room(make_model: Make) -> None:
 def test_prefixes_make_room_for_what_is_new(make_model: Make) -> None:
     engine = Engine(make_model("llama", NAME), backend="reference", block_size=B, num_blocks=6)
     engine.generate([PROMPTS[0]], 4)
-    assert len(engine.cache.pool.idle) == 5
+    assert len(engine.cache.pool.evictable) == 5
     other = [[int(token) for token in np.random.default_rng(4).integers(4, 97, 18)]]
     run = engine.generate(other, 4)
     assert run.evicted_blocks >= 4
@@ -174,7 +174,7 @@ def test_waste(make_model: Make) -> None:
 def test_a_full_cache_says_so(make_model: Make) -> None:
     engine = Engine(make_model("llama", NAME), backend="reference", block_size=B, num_blocks=2)
     held = engine.cache.manager.begin(COMMON)
-    with pytest.raises(CacheError, match=r"4 device blocks are needed, 2 can be had.*num_blocks= \(it has 2\)"):
+    with pytest.raises(CacheError, match=r"4 device blocks are needed, 2 are available.*num_blocks= \(it has 2\)"):
         engine.cache.next_step([(held, 14)])
 
 

@@ -10,7 +10,7 @@ import pytest
 from scenes import BACKENDS, BATCHES, Scene, agrees, check, host, made, make_scene, own, poison
 
 import attn_dispatch as ad
-from attn_dispatch.cache import CacheManager, Step
+from attn_dispatch.cache import CacheManager, ScheduledStep
 from attn_dispatch.contract.arrays import as_numpy
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import ArrayError, CacheError, SpecError
@@ -164,7 +164,7 @@ def test_prefix_sharing_and_forks(form: Any) -> None:
 
     def advance(*wanted: Any) -> Any:
         step = manager.step(wanted)
-        assert isinstance(step, Step)
+        assert isinstance(step, ScheduledStep)
         cache.copy_blocks(step.copy_from, step.copy_to)
         q, k, v = table[:, step.tokens]
         out = layer.run(layer.plan(step.metadata), q, k[:, :4], v[:, :4], cache)
