@@ -18,7 +18,7 @@ from dataclasses import replace as _replace
 from attn_dispatch import dispatch as _dispatch
 from attn_dispatch import errors
 from attn_dispatch.attention import Attention, attention
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
 from attn_dispatch.contract import (
     CONTRACT_VERSION,
     HND,
@@ -57,6 +57,7 @@ __all__ = [
     "Availability",
     "Backend",
     "CacheLayout",
+    "Call",
     "Capabilities",
     "Explanation",
     "KVCache",

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from attn_dispatch import dispatch
-from attn_dispatch.backend import Backend, Plan, Verdict
+from attn_dispatch.backend import Backend, Call, Plan, Verdict
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache, LayerParameters
 from attn_dispatch.contract.arrays import as_library, library_of
 from attn_dispatch.contract.dtypes import dtype_name
@@ -76,9 +76,9 @@ class Attention:
         """
         spec = self.spec
         view = metadata.view(spec.kind)
-        if view.pages.exist and metadata.block_size != spec.block_size:
+        if view.side.has_blocks and metadata.block_size != spec.block_size:
             raise MetadataError(f"the batch has block_size={metadata.block_size}, the layer {spec.block_size}")
-        if not view.pages.exist and spec.kind != "encoder" and view.max_kv_len:
+        if not view.side.has_blocks and spec.kind != "encoder" and view.max_kv_len:
             raise MetadataError(f"a {spec.kind} layer reads a cache, but the batch has no block tables")
         return self.backend.plan(spec, metadata)
 
@@ -129,8 +129,8 @@ class Attention:
             if cache.geometry != spec.geometry:
                 raise CacheError(f"the cache is {cache!r}; the layer needs {spec.geometry}")
             if plan.highest_block >= cache.num_blocks:
-                plan.view.pages.check_fits(cache.num_blocks)
-            if not plan.view.pages.exist and plan.view.max_kv_len:
+                plan.view.side.check_fits(cache.num_blocks)
+            if not plan.view.side.has_blocks and plan.view.max_kv_len:
                 raise CacheError("a cache was given, but the batch has no block tables")
             layout = self.backend.layout(spec) if cache.owner is not self.backend else None
             if layout is not None and cache.layout != layout:
@@ -142,25 +142,20 @@ class Attention:
             raise CacheError(f"a {spec.kind} layer needs its cache; allocate(num_blocks) makes one")
         if return_lse and not self._gives_lse:
             self._require_lse()
+        call = Call(plan, q, k, v, cache, self.parameters, out, return_lse)
         if library in self._libraries:
-            return self.backend.run(plan, q, k, v, cache, self.parameters, out, return_lse=return_lse)
-        return self._run_exchanged(plan, q, k, v, cache, out, library, return_lse)
+            return self.backend.run(call)
+        return self._run_exchanged(call, library)
 
-    def _run_exchanged(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        out: Array | None,
-        library: str,
-        return_lse: bool,
-    ) -> Any:
-        target = self.backend.capabilities.libraries[0]
-        q, k, v, own = (None if x is None else as_library(x, target) for x in (q, k, v, out))
-        result = self.backend.run(plan, q, k, v, cache, self.parameters, own, return_lse=return_lse)
-        if return_lse:
+    def _run_exchanged(self, call: Call, library: str) -> Any:
+        """Run on the same memory as arrays of a library that the backend computes on."""
+        target, out = self.backend.capabilities.libraries[0], call.out
+        for name in ("q", "k", "v", "out"):
+            array = getattr(call, name)
+            if array is not None:
+                setattr(call, name, as_library(array, target))
+        result = self.backend.run(call)
+        if call.return_lse:
             return (as_library(result[0], library) if out is None else out), as_library(result[1], library)
         return as_library(result, library) if out is None else out
 
@@ -175,11 +170,11 @@ class Attention:
     def _check_nothing_to_write(self, plan: Plan, k: Array | None, v: Array | None) -> None:
         if (k is None) != (v is None):
             raise ArrayError("k and v come together: one of them is None")
-        if self.spec.kind == "encoder" and not plan.view.pages.exist:
+        if self.spec.kind == "encoder" and not plan.view.side.has_blocks:
             raise ArrayError("an encoder layer without a cache attends to k and v: both must be given")
-        if self.spec.writes_kv and plan.view.pages.writes:
+        if self.spec.writes_kv and plan.view.side.num_written:
             raise ArrayError(
-                f"this step writes {plan.view.pages.writes} tokens: k and v must be given "
+                f"this step writes {plan.view.side.num_written} tokens: k and v must be given "
                 "(a layer that shares another's cache says writes_kv=False)"
             )
 

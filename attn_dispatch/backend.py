@@ -7,29 +7,28 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from attn_dispatch.call import Call, Plan
 from attn_dispatch.contract import (
     CONTRACT_VERSION,
     HND,
     Array,
     AttentionMetadata,
     AttentionSpec,
-    BatchView,
     CacheLayout,
     KVCache,
-    LayerParameters,
 )
 from attn_dispatch.contract.arrays import as_library, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
-from attn_dispatch.errors import CacheError
+from attn_dispatch.errors import CacheError, PlanError
 from attn_dispatch.merge import merge_states
 
-__all__ = ["Availability", "Backend", "Capabilities", "Plan", "Refusal", "Verdict"]
+__all__ = ["Availability", "Backend", "Call", "Capabilities", "Plan", "Refusal", "Verdict"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -108,36 +107,14 @@ class Capabilities:
         nan_safe: its output does not depend on unused slots even when they hold NaN (clause 2).
         rounds_kv_to: a type to which the runtime rounds keys and values of its own accord (clause 7).
         applies_scales: it applies a layer's k_scale and v_scale; if not, only scales of 1 are accepted (clause 12).
+        fixed_plans: it has `fixed_plan`: plans whose buffers stay, for graphs that are captured once.
     """
 
     libraries: tuple[str, ...]
     nan_safe: bool = False
     rounds_kv_to: str | None = None
     applies_scales: bool = True
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Plan:
-    """One step's batch, prepared for every layer of one spec. Backends add what their kernels want.
-
-    Attributes:
-        spec: the layers it is for.
-        view: the batch as they see it.
-        num_tokens: rows of q, T.
-        num_new: rows of k and v.
-        highest_block: the highest block that the step touches.
-    """
-
-    spec: AttentionSpec
-    view: BatchView
-    num_tokens: int = field(init=False)
-    num_new: int = field(init=False)
-    highest_block: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.num_tokens = self.view.num_tokens
-        self.num_new = self.view.num_new
-        self.highest_block = self.view.pages.highest_block
+    fixed_plans: bool = False
 
 
 class Backend(abc.ABC):
@@ -174,34 +151,31 @@ class Backend(abc.ABC):
         """Prepare a step: everything that does not depend on the layer is done here, once."""
 
     @abc.abstractmethod
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    def run(self, call: Call) -> Array | tuple[Array, Array]:
         """Write the new keys and values, then attend.
 
         The caller (`Attention.run`) has checked shapes, types, the cache's geometry and layout, and that every block
-        of the plan is inside the cache.
+        of the plan is inside the cache. `call.plan` is from this backend's `plan`; arrays are of one of
+        `capabilities.libraries`.
+
+        Returns:
+            [T, H, Dv] (`call.out`, when given), or that and the LSE when `call.return_lse`.
+        """
+
+    def fixed_plan(self, spec: AttentionSpec, metadata: AttentionMetadata, max_seq_len: int) -> Plan:
+        """Prepare a step whose buffers stay: captured once in a graph, replayed after `plan.renew(metadata)`.
+
+        Optional: a backend that has it declares `Capabilities.fixed_plans`.
 
         Args:
-            plan: from this backend's `plan`.
-            q: [T, H, D] of one of `capabilities.libraries`.
-            k: [rows, K, D], v: [rows, K, Dv], or None when the layer writes nothing (`spec.writes_kv` False, or a cross
-                layer whose encoder is in the cache).
-            v: see k.
-            cache: the layer's cache; None only for an encoder layer, which then attends to k and v themselves.
-            layer: slopes, sinks and scales.
-            out: [T, H, Dv], written when given.
-            return_lse: also return f32[T, H], natural log.
+            spec: the layers.
+            metadata: a batch of the shape that all others will have (padding included).
+            max_seq_len: the most tokens that a sequence will ever have.
+
+        Raises:
+            PlanError: the backend has no fixed plans, or the batch does not fit.
         """
+        raise PlanError(f"{self.name} has no fixed plans: plan(spec, metadata) anew for each step")
 
     def merge_states(self, states: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
         """Merge partial results that `run` returned: the core's `merge_states`, for what a vendor's does not take.
@@ -234,14 +208,14 @@ class Backend(abc.ABC):
 
     # Moving blocks. These defaults suit any library whose arrays can be indexed and assigned (NumPy, torch).
 
-    def bits(self, array: Array) -> Array:
+    def indexable_view(self, array: Array) -> Array:
         """Return a view that can be indexed (a library may lack that for fp8: give its bytes)."""
         return array
 
     def gather(self, cache: KVCache, blocks: Ids) -> tuple[Array, Array]:
         """Return a copy of blocks in logical order; see `KVCache.gather`."""
         picked = {
-            name: self._unbits(cache, name, self.bits(array)[_at(cache.layout.block_axis(name), blocks)])
+            name: self._unbits(cache, name, self.indexable_view(array)[_at(cache.layout.block_axis(name), blocks)])
             for name, array in cache.arrays.items()
         }
         key, value = cache.layout.to_logical(picked)
@@ -257,7 +231,7 @@ class Backend(abc.ABC):
     def copy_blocks(self, cache: KVCache, src: Ids, dst: Ids) -> None:
         """Copy blocks within a cache; ids have been checked."""
         for name, array in cache.arrays.items():
-            axis, bits = cache.layout.block_axis(name), self.bits(array)
+            axis, bits = cache.layout.block_axis(name), self.indexable_view(array)
             bits[_at(axis, dst)] = bits[_at(axis, src)]
 
     def copy_slots(self, cache: KVCache, src: Ids, dst: Ids) -> None:
@@ -265,7 +239,7 @@ class Backend(abc.ABC):
         size = cache.geometry.block_size
         for name, array in cache.arrays.items():
             block, token = cache.layout.slot_axes(name)
-            bits = self.bits(array)
+            bits = self.indexable_view(array)
             target, source = ([slice(None)] * bits.ndim for _ in range(2))
             target[block], target[token] = dst // size, dst % size  # type: ignore[call-overload]
             source[block], source[token] = src // size, src % size  # type: ignore[call-overload]
@@ -274,8 +248,8 @@ class Backend(abc.ABC):
     def swap_blocks(self, cache: KVCache, other: KVCache, src: Ids, dst: Ids) -> None:
         """Copy blocks from `cache` into `other`, which may lie on another device."""
         for name, array in cache.arrays.items():
-            axis, target = cache.layout.block_axis(name), self.bits(other.arrays[name])
-            moved = self.bits(array)[_at(axis, src)]
+            axis, target = cache.layout.block_axis(name), self.indexable_view(other.arrays[name])
+            moved = self.indexable_view(array)[_at(axis, src)]
             library = library_of(target)
             moved = as_library(moved, library)
             target[_at(axis, dst)] = moved.to(target.device) if library == "torch" else moved
@@ -291,8 +265,8 @@ class Backend(abc.ABC):
             name: self.zeros(shape, "float32" if name.endswith("_scale") else cache.geometry.dtype, cache.device)
             for name, shape in shapes.items()
         }
-        elements = {name: self.bits(array) for name, array in cache.arrays.items()}
-        targets = {name: self.bits(array) for name, array in arrays.items()}
+        elements = {name: self.indexable_view(array) for name, array in cache.arrays.items()}
+        targets = {name: self.indexable_view(array) for name, array in arrays.items()}
         layout.put_logical(targets, *cache.layout.to_logical(elements))
         for name in shapes:
             if name.endswith("_scale"):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache, LayerParameters
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, LayerParameters
 from attn_dispatch.contract.arrays import as_numpy
 from attn_dispatch.contract.dtypes import is_quantised, numpy_dtype, quantise
 
@@ -47,19 +47,10 @@ class ReferenceBackend(Backend):
         """Nothing to prepare."""
         return Plan(spec=spec, view=metadata.view(spec.kind))
 
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    def run(self, call: Call) -> Array | tuple[Array, Array]:
         """Write the new keys and values, then attend, one sequence after the other."""
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out, return_lse = call.cache, call.layer, call.out, call.return_lse
         spec, view = plan.spec, plan.view
         if out is None:
             out = np.empty((plan.num_tokens, spec.num_heads, spec.value_head_size), q.dtype)
@@ -68,8 +59,8 @@ class ReferenceBackend(Backend):
             arrays = cache.arrays_as("numpy")
             key_blocks, value_blocks = cache.layout.to_logical(arrays)
             if k is not None:
-                write(key_blocks, k, view.pages.slot_mapping, layer.k_scale)
-                write(value_blocks, v, view.pages.slot_mapping, layer.v_scale)
+                write(key_blocks, k, view.side.slots, layer.k_scale)
+                write(value_blocks, v, view.side.slots, layer.v_scale)
         for s in range(view.num_seqs):
             rows = slice(*view.query_start_loc[s : s + 2])
             if rows.start == rows.stop:
@@ -81,7 +72,7 @@ class ReferenceBackend(Backend):
                 new = slice(*view.new_start_loc[s : s + 2])
                 key, value = k[new].astype(np.float64), v[new].astype(np.float64)
             else:
-                blocks = view.pages.block_table[s, : view.pages.used_blocks[s]]
+                blocks = view.side.table[s, : view.side.used_blocks[s]]
                 scales = (layer.k_scale, layer.v_scale) if is_quantised(spec.kv_cache_dtype) else (1.0, 1.0)
                 key = read(key_blocks, blocks, length, scales[0])
                 value = read(value_blocks, blocks, length, scales[1])

@@ -169,8 +169,8 @@ def bare_call(attn: Any, plan: Any, q: Any, cache: Any, out: Any) -> Callable[[]
     """Return the vendor's own call for a plan that has run once, with its arguments ready; None of other folders."""
     if not attn.backend.name.startswith("cuda/"):
         return None
-    step, store = next(iter(plan.steps.values())), cache.bound[attn.backend.name]
-    owned = attn.parameters.made((attn.backend.name, q.device), lambda: None)
+    step, store = next(iter(plan.steps.values())), cache.backend_state[attn.backend.name]
+    owned = attn.parameters.memoize((attn.backend.name, q.device), lambda: None)
     if hasattr(step, "calls") and hasattr(step.calls, "arguments"):  # FlashAttention
         name, given = step.calls.arguments(step, q, store.key, store.value, owned, lse=False)
         function = getattr(step.calls.module, name)

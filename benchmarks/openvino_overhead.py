@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 
 import attn_dispatch as ad
+from attn_dispatch.backend import Call
 from attn_dispatch.contract.arrays import as_library
 from attn_dispatch.contract.dtypes import numpy_dtype
 
 BACKEND = "openvino/paged"
-Call = Callable[[], Any]
+Timed = Callable[[], Any]
 
 CASES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
     # name: (spec, new tokens, tokens after the step)
@@ -50,7 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
 
 def _setup(
     fields: dict[str, Any], new: list[int], lens: list[int], library: str
-) -> tuple[Call, Call, Call, AbstractContextManager[None]]:
+) -> tuple[Timed, Timed, Timed, AbstractContextManager[None]]:
     """Return the bare request's call, the adapter's, the door's, and a context in which `infer()` does nothing."""
     spec = ad.AttentionSpec(**fields)
     if not (verdict := ad.explain(spec, BACKEND).verdicts[0]):
@@ -104,7 +105,7 @@ def _setup(
 
     # A large result would be timed as the page faults of its memory: there the caller gives `out`.
     given = as_library(np.empty_like(out), library) if out.nbytes > 1 << 18 else None
-    own = next(iter(cache.bound[BACKEND].requests.values()))  # type: ignore[attr-defined]
+    own = next(iter(cache.backend_state[BACKEND].requests.values()))  # type: ignore[attr-defined]
 
     @contextmanager
     def empty() -> Iterator[None]:
@@ -115,7 +116,7 @@ def _setup(
             own.infer = infer
 
     def adapter() -> Any:
-        return attn.backend.run(plan, q, k, v, cache, attn.parameters, given)
+        return attn.backend.run(Call(plan, q, k, v, cache, attn.parameters, given))
 
     return bare, adapter, lambda: attn.run(plan, q, k, v, cache, out=given), empty()
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 import attn_dispatch as ad
+from attn_dispatch.backend import Call
 
 LIMIT_US = 15.0
 SHAPES = {
@@ -77,11 +78,11 @@ def measure(shape: str, rounds: int) -> dict[str, Any]:
     q, k, v = (torch.randn(sequences, n, size) for n in (heads, kv_heads, kv_heads))
     expected = attn.run(plan, q, k, v, cache)
     package = importlib.import_module(f"{type(attn.backend).__module__.rpartition('.')[0]}.attend")
-    step, store = plan.steps[q.device, False], cache.bound[attn.backend.name]
+    step, store = plan.steps[q.device, False], cache.backend_state[attn.backend.name]
     hand = by_hand(step, store, q, k, v)
     ways: dict[str, Callable[[], Any]] = {
         "door": lambda: attn.run(plan, q, k, v, cache),
-        "backend": lambda: attn.backend.run(plan, q, k, v, cache, attn.parameters),
+        "backend": lambda: attn.backend.run(Call(plan, q, k, v, cache, attn.parameters)),
         "function": lambda: package.attend(step, q, k, v, store),
         "by hand": hand,
     }

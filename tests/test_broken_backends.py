@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attn_dispatch.backend import Plan, Verdict
+from attn_dispatch.backend import Call, Plan, Verdict
 from attn_dispatch.conformance.cases import CASES
 from attn_dispatch.conformance.checks import ConformanceError, run_case
 from attn_dispatch.conformance.merging import check_merging
@@ -31,23 +31,20 @@ class Broken(ReferenceBackend):
         super().__init__("broken")
         self.spec, self.before, self.after = spec, before, after
 
-    def run(
-        self, plan: Plan, q: Any, k: Any, v: Any, cache: Any, layer: Any, out: Any = None, *, return_lse: bool = False
-    ) -> Any:
-        wrong = Plan(spec=self.spec(plan.spec), view=plan.view)
-        q, k, v, cache, layer = self.before(q, k, v, cache, layer)
-        result = super().run(wrong, q, k, v, cache, layer, return_lse=True)
-        changed, lse = self.after(*result)
-        if out is not None:
-            out[...] = changed
-            changed = out
-        return (changed, lse) if return_lse else changed
+    def run(self, call: Call) -> Any:
+        wrong = Plan(spec=self.spec(call.plan.spec), view=call.plan.view)
+        q, k, v, cache, layer = self.before(call.q, call.k, call.v, call.cache, call.layer)
+        changed, lse = self.after(*super().run(Call(wrong, q, k, v, cache, layer, return_lse=True)))
+        if call.out is not None:
+            call.out[...] = changed
+            changed = call.out
+        return (changed, lse) if call.return_lse else changed
 
 
 def without(**fields: Any) -> Callable[..., tuple[Any, ...]]:
     def change(q: Any, k: Any, v: Any, cache: Any, layer: LayerParameters) -> tuple[Any, ...]:
         copy = object.__new__(LayerParameters)
-        for name in ("alibi_slopes", "sinks", "k_scale", "v_scale", "_made"):
+        for name in ("alibi_slopes", "sinks", "k_scale", "v_scale", "_memoized"):
             object.__setattr__(copy, name, fields.get(name, getattr(layer, name)))
         return q, k, v, cache, copy
 
@@ -166,8 +163,8 @@ def test_a_backend_that_writes_before_it_refuses_is_noticed(monkeypatch: pytest.
 
 
 def test_a_check_that_was_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attn_dispatch.contract import Pages
+    from attn_dispatch.contract import Side
 
-    monkeypatch.setattr(Pages, "check_fits", lambda self, num_blocks: None)
+    monkeypatch.setattr(Side, "check_fits", lambda self, num_blocks: None)
     with pytest.raises((ConformanceError, IndexError)):
         check_bad_call(ReferenceBackend(), "a block one past the end")

@@ -96,8 +96,9 @@ def test_verify_fails_on_a_backend_that_is_wrong(tmp_path: Path) -> None:
         from attn_dispatch.reference import ReferenceBackend
 
         class Backend(ReferenceBackend):
-            def run(self, plan, q, k, v, cache, layer, out=None, *, return_lse=False):
-                return super().run(plan, q, v, k, cache, layer, out, return_lse=return_lse)
+            def run(self, call):
+                call.k, call.v = call.v, call.k
+                return super().run(call)
         """,
     )
     arguments = ("verify", "--backend", "wrong/bad", "--feature", "decode", "--json")

@@ -75,7 +75,7 @@ def test_what_a_layer_owns_must_fit_its_spec() -> None:
         ad.attention(replace(LLAMA, kv_cache_dtype="int8"), "reference", k_scale=0.0)
 
 
-def test_build_and_split() -> None:
+def test_build() -> None:
     batch = ad.AttentionMetadata.build([5, 1, 1], [5, 130, 1], [[7], [3, 9, 0, 4, 1], [2]], 32)
     assert batch.query_start_loc.tolist() == [0, 5, 6, 7]
     assert batch.slot_mapping.tolist() == [224, 225, 226, 227, 228, 33, 64]
@@ -83,21 +83,6 @@ def test_build_and_split() -> None:
     assert (batch.highest_block, batch.context_lens.tolist()) == (9, [0, 129, 0])
     assert [a.dtype for a in (batch.query_start_loc, batch.seq_lens, batch.block_table)] == [np.int32] * 3
     assert batch.slot_mapping.dtype == np.int64
-    decodes, prefills = batch.split()
-    assert decodes.tokens == slice(5, 7)
-    assert prefills.tokens == slice(0, 5)
-    assert decodes.metadata.seq_lens.tolist() == [130, 1]
-    assert decodes.metadata.slot_mapping.tolist() == [33, 64]
-
-
-def test_split_of_mixed_order_gives_indices() -> None:
-    batch = ad.AttentionMetadata.build([1, 3, 1], [4, 3, 9], [[0], [1], [2]], 32)
-    decodes, prefills = batch.split()
-    assert decodes.tokens.tolist() == [0, 4]
-    assert prefills.tokens == slice(1, 4)
-    everything, nothing = batch.split(decode_query_len=3)
-    assert everything.tokens == slice(0, 5)
-    assert nothing.metadata.num_seqs == nothing.metadata.num_tokens == 0
 
 
 def test_unused_entries_of_a_table_are_harmless() -> None:
@@ -147,7 +132,7 @@ def test_cross_and_encoder_see_the_encoders_side() -> None:
     )
     cross = batch.view("cross")
     assert (cross.num_tokens, cross.num_new, cross.kv_lens.tolist()) == (3, 3, [40, 3])
-    assert cross.pages.slot_mapping.tolist() == [224, 225, 226]
+    assert cross.side.slots.tolist() == [224, 225, 226]
     encoder = batch.view("encoder")
     assert (encoder.num_tokens, encoder.kv_lens.tolist()) == (3, [0, 3])
     with pytest.raises(MetadataError, match="encoder_seq_lens"):
@@ -227,3 +212,79 @@ def test_arrays_know_whose_they_are() -> None:
         library_of([1.0])
     with pytest.raises(ArrayError, match="numpy, torch, jax"):
         as_library(np.zeros(1), "cupy")
+
+
+def test_a_batch_that_only_reads_writes_nothing_and_sees_every_key() -> None:
+    rng = np.random.default_rng(0)
+    spec = ad.AttentionSpec(num_heads=2, head_size=16, dtype="float32", causal=False, writes_kv=False, block_size=8)
+    attn = ad.attention(spec, "reference")
+    cache = attn.allocate(4)
+    cache.key[...], cache.value[...] = (rng.standard_normal(cache.key.shape) for _ in range(2))
+    before = cache.key.copy()
+    batch = ad.AttentionMetadata.read_only([5, 1], [3, 20], [[2], [0, 3, 1]], 8)
+    assert (batch.num_tokens, batch.own.num_rows, batch.own.num_written) == (6, 0, 0)
+    q = rng.standard_normal((6, 2, 16)).astype(np.float32)
+    out = attn.run(attn.plan(batch), q, None, None, cache)
+    np.testing.assert_array_equal(cache.key, before)
+    for rows, blocks, length in ((slice(0, 5), [2], 3), (slice(5, 6), [0, 3, 1], 20)):
+        key, value = (x[blocks].transpose(0, 2, 1, 3).reshape(-1, 2, 16)[:length] for x in (cache.key, cache.value))
+        weights = np.exp(np.einsum("qhd,khd->hqk", q[rows], key) / 4)
+        weights /= weights.sum(2, keepdims=True)
+        np.testing.assert_allclose(out[rows], np.einsum("hqk,khd->qhd", weights, value), rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_that_only_writes_has_no_queries() -> None:
+    spec = ad.AttentionSpec(num_heads=2, head_size=16, dtype="float32", block_size=8)
+    attn = ad.attention(spec, "reference")
+    cache = attn.allocate(4)
+    batch = ad.AttentionMetadata.build([3, 1], [3, 20], [[2], [0, 3, 1]], 8)
+    write = ad.AttentionMetadata.write_only(batch.own)
+    k = np.arange(4 * 2 * 16, dtype=np.float32).reshape(4, 2, 16) + 1
+    out = attn.run(attn.plan(write), np.empty((0, 2, 16), np.float32), k, k + 1, cache)
+    assert out.shape == (0, 2, 16)
+    np.testing.assert_array_equal(cache.key[2, :, :3].transpose(1, 0, 2), k[:3])
+    np.testing.assert_array_equal(cache.value[1, :, 3], k[3] + 1)
+
+
+def test_a_block_that_another_sequence_reads_is_not_written() -> None:
+    """An engine's forgotten copy-on-write: sequence 1 would read what sequence 0 writes over its tokens."""
+    with pytest.raises(MetadataError, match=r"sequence 0 writes slot 60 .*sequence 1 reads as its token 4 .*copy"):
+        ad.AttentionMetadata.build([1, 1], [5, 9], [[7], [7, 3]], 8)
+    # The same block below both lengths, in whole: a shared prefix. Beyond the other's tokens: theirs alone.
+    ad.AttentionMetadata.build([1, 1], [9, 9], [[7, 2], [7, 3]], 8)
+    ad.AttentionMetadata.build([1, 0], [5, 4], [[7], [7]], 8)
+    with pytest.raises(MetadataError, match="written twice"):
+        ad.AttentionMetadata.build([1, 1], [5, 5], [[7], [7]], 8)
+    with pytest.raises(MetadataError, match="sequence 0 reads as its token 4"):
+        ad.AttentionMetadata.build([1], [13], [[7, 7]], 8)
+    # An engine that hands out a prefix's blocks while they are computed says so.
+    ad.AttentionMetadata.build([8, 1], [8, 9], [[7], [7, 3]], 8, shared_writes=True)
+    with pytest.raises(MetadataError, match="shared_writes"):
+        ad.AttentionMetadata.build([8, 1], [8, 9], [[7], [7, 3]], 8)
+    with pytest.raises(MetadataError, match="written twice"):
+        ad.AttentionMetadata.build([1, 1], [5, 5], [[7], [7]], 8, shared_writes=True)
+    high = 1 << 30  # counted by sorting
+    with pytest.raises(MetadataError, match="sequence 1 reads"):
+        ad.AttentionMetadata.build([1, 1], [5, 9], [[high], [high, 3]], 8)
+    ad.AttentionMetadata.build([1, 1], [9, 9], [[high, 2], [high, 3]], 8)
+
+
+def test_what_was_checked_cannot_be_changed() -> None:
+    lens = np.array([5, 130], np.int32)
+    batch = ad.AttentionMetadata.build([5, 1], lens, [[7], [3, 9, 0, 4, 1]], 32)
+    for name in ("query_start_loc", "seq_lens", "block_table", "slot_mapping", "query_lens"):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(batch, name)[...] = 0
+    lens[:] = 1  # the caller's own array is not locked, and no longer looked at
+    assert batch.seq_lens.tolist() == [5, 130]
+    with pytest.raises(MetadataError, match="plain numpy array"):
+        ad.AttentionMetadata.build([5, 1], np.ma.masked_array([5, 130]), [[7], [3, 9, 0, 4, 1]], 32)
+    with pytest.raises(MetadataError, match="generator"):
+        ad.AttentionMetadata.build((n for n in (5, 1)), [5, 130], [[7], [3, 9, 0, 4, 1]], 32)  # type: ignore[arg-type]
+    with pytest.raises(MetadataError, match="float"):
+        ad.AttentionMetadata.build([1], [3], [[1]], 32, slot_mapping=[34.7])  # type: ignore[list-item]
+    with pytest.raises(MetadataError, match="2147483648"):
+        ad.AttentionMetadata.build([2**30, 2**30], [2**30, 2**30], None, 32)
+    tables = np.array([[2**31 + 5, 0]], np.uint32)
+    with pytest.raises(MetadataError, match="entry 0"):
+        ad.AttentionMetadata.build([1], [3], tables, 32)

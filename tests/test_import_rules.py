@@ -20,6 +20,7 @@ PLATFORMS = CORE.parent / "platforms"
 FLOORS = [
     {"errors", "contract", "hardware"},
     {"settings", "merge"},
+    {"call"},
     {"backend"},
     {"reference", "registry", "cache"},
     {"dispatch"},

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from attn_dispatch.cache.sequence import I64, Sequence
 from attn_dispatch.contract import AttentionMetadata
-from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract.side import I32
 
 __all__ = ["OutOfBlocks", "ScheduledStep", "Swap", "Usage"]
 

@@ -121,8 +121,8 @@ def compute(backend: Backend, problem: Problem) -> Outcome:
     attn = attention(spec, backend, **problem.parameters)
     if attn.backend is not backend:
         raise ConformanceError(f"{backend} was asked for, {attn.backend} was given")
-    pages = problem.batch.view(spec.kind).pages
-    cache = attn.allocate(problem.num_blocks) if pages.exist or spec.kind != "encoder" else None
+    side = problem.batch.view(spec.kind).side
+    cache = attn.allocate(problem.num_blocks) if side.has_blocks or spec.kind != "encoder" else None
     before = None
     if cache is not None:
         _check_zeroed(cache)
@@ -215,7 +215,7 @@ def _check_contents(problem: Problem, layer: LayerParameters, outcome: Outcome) 
         exact = [[x.astype(np.float64) for x in side] for side in (problem.keys, problem.values)]
         return exact[0], exact[1]
     view = problem.batch.view(spec.kind)
-    slots = view.pages.slot_mapping
+    slots = view.side.slots
     block, offset = np.divmod(slots[slots >= 0], spec.block_size)
     sides = []
     for name, new, scale, before, after, wanted in (
@@ -236,7 +236,7 @@ def _check_contents(problem: Problem, layer: LayerParameters, outcome: Outcome) 
         factor = scale if is_quantised(spec.kv_cache_dtype) else 1.0
         reads = []
         for s, tokens in enumerate(wanted):
-            table = view.pages.block_table[s, : -(-len(tokens) // spec.block_size)]
+            table = view.side.table[s, : -(-len(tokens) // spec.block_size)]
             stored = after[table].transpose(0, 2, 1, 3).reshape(-1, *after.shape[1:2], after.shape[3])[: len(tokens)]
             if outcome.exact:
                 # By the contract's own arithmetic, not by what came back: the two were just compared for new tokens.

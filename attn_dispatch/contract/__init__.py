@@ -9,11 +9,11 @@ from attn_dispatch.contract.arrays import Array
 from attn_dispatch.contract.kv_cache import KVCache
 from attn_dispatch.contract.layer import LayerParameters
 from attn_dispatch.contract.layout import HND, NHD, CacheLayout, layout_named, register_layout
-from attn_dispatch.contract.metadata import AttentionMetadata, BatchPart, BatchView
-from attn_dispatch.contract.pages import Pages
+from attn_dispatch.contract.metadata import AttentionMetadata, BatchView
+from attn_dispatch.contract.side import Side
 from attn_dispatch.contract.spec import AttentionSpec, CacheGeometry
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 """Raised when a change makes backends written before it wrong. A backend that speaks another one is refused."""
 
 __all__ = [
@@ -23,13 +23,12 @@ __all__ = [
     "Array",
     "AttentionMetadata",
     "AttentionSpec",
-    "BatchPart",
     "BatchView",
     "CacheGeometry",
     "CacheLayout",
     "KVCache",
     "LayerParameters",
-    "Pages",
+    "Side",
     "layout_named",
     "register_layout",
 ]

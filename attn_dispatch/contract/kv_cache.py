@@ -55,7 +55,17 @@ class KVCache:
         device: where they lie ("cpu", "cuda:0").
     """
 
-    __slots__ = ("__weakref__", "_views", "arrays", "bound", "device", "geometry", "layout", "num_blocks", "owner")
+    __slots__ = (
+        "__weakref__",
+        "_views",
+        "arrays",
+        "backend_state",
+        "device",
+        "geometry",
+        "layout",
+        "num_blocks",
+        "owner",
+    )
 
     def __init__(
         self,
@@ -72,8 +82,8 @@ class KVCache:
         self.num_blocks = num_blocks
         self.arrays = dict(arrays)
         self.device = device
-        self.bound: dict[str, object] = {}
-        """What a backend keeps beside this cache (a bound request, say), by the backend's name."""
+        self.backend_state: dict[str, object] = {}
+        """What a backend keeps beside this cache (views of its arrays, say), by the backend's name."""
         self._views: dict[str, Mapping[str, Array]] = {}
 
     @property

@@ -29,7 +29,7 @@ class LayerParameters:
         SpecError: something is missing that the spec says the layer has, or given that it says it has not.
     """
 
-    __slots__ = ("_made", "alibi_slopes", "k_scale", "sinks", "v_scale")
+    __slots__ = ("_memoized", "alibi_slopes", "k_scale", "sinks", "v_scale")
 
     def __init__(
         self,
@@ -51,18 +51,18 @@ class LayerParameters:
                 f"k_scale={self.k_scale}, v_scale={self.v_scale} belong to a quantised cache; kv_cache_dtype is "
                 f"{spec.kv_cache_dtype}, which stores keys and values as they are"
             )
-        self._made: dict[object, Any] = {}
+        self._memoized: dict[object, Any] = {}
 
     @property
     def scaled(self) -> bool:
         """Whether a scale is not 1: a backend that ignores scales cannot run such a layer."""
         return self.k_scale != 1.0 or self.v_scale != 1.0
 
-    def made(self, key: object, make: Callable[[], Any]) -> Any:
-        """Return what a backend derives from these parameters (slopes on its device, say), made once per key."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def memoize(self, key: object, compute: Callable[[], Any]) -> Any:
+        """Return what a backend derives from these parameters (slopes on its device, say), computed once per key."""
+        if key not in self._memoized:
+            self._memoized[key] = compute()
+        return self._memoized[key]
 
 
 def _per_head(spec: AttentionSpec, name: str, wanted: bool, given: Any) -> npt.NDArray[np.float32] | None:

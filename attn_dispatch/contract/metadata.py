@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.contract.pages import I32, I64, Pages, as_lengths, as_table, check_array, table_slots
+from attn_dispatch.contract.side import I32, I64, Side, as_lengths, as_slots, as_table, start_loc_of
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE, Kind
 from attn_dispatch.errors import MetadataError
 
-__all__ = ["AttentionMetadata", "BatchPart", "BatchView"]
+__all__ = ["AttentionMetadata", "BatchView"]
 
-
-# (The block tables are copied when their unused entries are cleared.)
-_GIVEN = (
-    "query_start_loc", "seq_lens", "slot_mapping", "encoder_start_loc", "encoder_seq_lens", "encoder_slot_mapping",
-)  # fmt: skip
+Lengths = Sequence[int] | npt.NDArray[np.integer]
+Tables = Sequence[Sequence[int]] | npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchView:
-    """The batch as one kind of layer sees it: who asks (query rows) and what is there to be read (keys).
+    """The batch as one kind of layer sees it: rows of queries, and the side that has the keys.
 
-    A decoder layer reads the sequence's own blocks, a cross layer the encoder's, an encoder layer its own tokens. What
+    A decoder layer reads the sequences' own side, a cross layer the encoder's, an encoder layer its own tokens. What
     differs is resolved here, so that a backend has one shape of input for all three.
     """
 
     query_start_loc: I32  # i32[S + 1], rows of q per sequence
     kv_lens: I32  # i32[S], keys that each sequence attends to
-    new_start_loc: I32  # i32[S + 1], rows of k and v per sequence
-    pages: Pages
+    side: Side
+
+    @property
+    def new_start_loc(self) -> I32:
+        """Rows of k and v per sequence, i32[S + 1]."""
+        return self.side.start_loc
 
     @cached_property
     def query_lens(self) -> I32:
@@ -64,117 +65,108 @@ class BatchView:
     @property
     def num_new(self) -> int:
         """Rows of k and v."""
-        return int(self.new_start_loc[-1])
+        return self.side.num_rows
 
 
-class BatchPart(NamedTuple):
-    """Some sequences of a batch as a batch of their own.
-
-    `tokens` picks their rows out of q, k, v and the output: a slice (no copy) when they are neighbours, else indices.
-    """
-
-    metadata: AttentionMetadata
-    sequences: slice | npt.NDArray[np.intp]
-    tokens: slice | npt.NDArray[np.intp]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, init=False, eq=False)
 class AttentionMetadata:
     """One step's batch. Made by `build` from plain facts; making one by hand is checked all the same.
 
     A sequence of length 0 whose tokens have slot -1 is padding: its rows attend to nothing (output 0, LSE -inf).
     Entries of a block table beyond a sequence's last used block may hold anything; they are stored as 0, so that a
-    kernel which reads ahead stays inside the cache.
+    kernel which reads ahead stays inside the cache. All arrays are copies, and locked.
 
     Attributes:
         query_start_loc: i32[S + 1], where each sequence's rows begin in q; the last entry is T.
-        seq_lens: i32[S], tokens that are in the cache after this step, this step's included.
-        block_table: i32[S, M], the blocks of each sequence in order.
-        slot_mapping: i64[T], where each new token goes, `block * block_size + offset`; -1: not written.
+        own: the sequences' own tokens: what decoder layers write and read.
+        encoder: the encoder's tokens: what encoder layers compute and cross layers write and read (None: no encoder).
         block_size: tokens in a block, B.
-        max_query_len, max_seq_len: the largest of each.
-        num_decodes, num_prefills: sequences with at most one new token, and the others; `split` gives each as a batch.
-        query_lens: i32[S], new tokens of each sequence.
-        encoder_start_loc: i32[S + 1], rows of encoder tokens that run through encoder layers, and are written by cross
-            layers, in this step (None: no encoder in this batch).
-        encoder_seq_lens: i32[S], encoder tokens that each sequence's cross layers attend to.
-        encoder_block_table: i32[S, Me], their blocks.
-        encoder_slot_mapping: i64[Te], where cross layers write the new encoder tokens.
-
-    Raises:
-        MetadataError: naming the sequence, the value and the limit.
     """
 
     query_start_loc: I32
-    seq_lens: I32
-    block_table: I32
-    slot_mapping: I64
-    block_size: int = DEFAULT_BLOCK_SIZE
-    encoder_start_loc: I32 | None = None
-    encoder_seq_lens: I32 | None = None
-    encoder_block_table: I32 | None = None
-    encoder_slot_mapping: I64 | None = None
-    max_query_len: int = field(init=False)
-    max_seq_len: int = field(init=False)
-    num_decodes: int = field(init=False)
-    num_prefills: int = field(init=False)
-    query_lens: I32 = field(init=False, repr=False)
-    _pages: Pages = field(init=False, repr=False)
-    _encoder_pages: Pages | None = field(init=False, repr=False, default=None)
-    _views: dict[Kind, BatchView] = field(init=False, repr=False, default_factory=dict)
+    own: Side
+    encoder: Side | None
+    block_size: int
 
-    def __post_init__(self) -> None:
-        # The caller may fill its buffers for the next step while this one is planned: kernels get what was checked.
-        for name in _GIVEN:
-            if isinstance(given := getattr(self, name), np.ndarray):
-                object.__setattr__(self, name, given.copy())
-        query_lens = _check_start_loc("query_start_loc", self.query_start_loc)
-        pages = Pages.checked(
-            "", self.block_size, self.seq_lens, self.block_table, self.slot_mapping, self.query_start_loc, query_lens
+    def __init__(
+        self,
+        *,
+        query_start_loc: I32,
+        seq_lens: I32,
+        block_table: I32,
+        slot_mapping: I64,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        new_start_loc: I32 | None = None,
+        encoder_start_loc: I32 | None = None,
+        encoder_seq_lens: I32 | None = None,
+        encoder_block_table: I32 | None = None,
+        encoder_slot_mapping: I64 | None = None,
+        shared_writes: bool = False,
+    ) -> None:
+        """Check a batch that an engine has as arrays, and copy them: the engine may fill its buffers for the next step.
+
+        Args:
+            query_start_loc: i32[S + 1], rows of q per sequence.
+            seq_lens: i32[S], tokens that are in the cache after this step, this step's included.
+            block_table: i32[S, M], the blocks of each sequence in order.
+            slot_mapping: i64[T], where each new token goes, `block * block_size + offset`; -1: not written.
+            block_size: B.
+            new_start_loc: i32[S + 1], rows of k and v per sequence, where they are not those of q (None: they are).
+            encoder_start_loc: i32[S + 1], rows of encoder tokens that run through encoder layers, and are written by
+                cross layers, in this step (None: no encoder in this batch).
+            encoder_seq_lens: i32[S], encoder tokens that each sequence's cross layers attend to.
+            encoder_block_table: i32[S, Me], their blocks.
+            encoder_slot_mapping: i64[Te], where cross layers write the new encoder tokens.
+            shared_writes: a sequence may write tokens that another one reads in this same step (an engine that hands
+                out the blocks of a prefix while they are computed). Otherwise that is refused as a copy-on-write that
+                was forgotten.
+
+        Raises:
+            MetadataError: naming the sequence, the value and the limit.
+        """
+        size = _block_size(block_size)
+        start = _check_start_loc("query_start_loc", query_start_loc)
+        new = start if new_start_loc is None else _check_start_loc("new_start_loc", new_start_loc)
+        _same_count("new_start_loc", len(new) - 1, len(start) - 1)
+        own = _checked_side("", size, new, seq_lens, block_table, slot_mapping, shared_writes)
+        arrays = (encoder_start_loc, encoder_seq_lens, encoder_block_table, encoder_slot_mapping)
+        encoder = None
+        if any(array is not None for array in arrays):
+            if any(array is None for array in arrays):
+                raise MetadataError(
+                    "encoder_start_loc, _seq_lens, _block_table and _slot_mapping must be given together or not at all"
+                )
+            start_e = _check_start_loc("encoder_start_loc", encoder_start_loc)
+            _same_count("encoder_start_loc", len(start_e) - 1, len(start) - 1)
+            encoder = _checked_side("encoder_", size, start_e, *arrays[1:], shared_writes)
+        self._fill(start, own, encoder, size)
+
+    def _fill(self, query_start_loc: I32, own: Side, encoder: Side | None, block_size: int) -> None:
+        query_start_loc.flags.writeable = False
+        self.__dict__.update(
+            query_start_loc=query_start_loc, own=own, encoder=encoder, block_size=block_size, _views={}
         )
-        num_decodes = int(np.count_nonzero(query_lens <= 1))
-        for name, value in (
-            ("block_table", pages.block_table),
-            ("max_query_len", int(query_lens.max(initial=0))),
-            ("max_seq_len", int(self.seq_lens.max(initial=0))),
-            ("num_decodes", num_decodes),
-            ("num_prefills", len(query_lens) - num_decodes),
-            ("query_lens", query_lens),
-            ("_pages", pages),
-        ):
-            object.__setattr__(self, name, value)
-        self._check_encoder(len(query_lens))
 
-    def _check_encoder(self, num_seqs: int) -> None:
-        given = (self.encoder_start_loc, self.encoder_seq_lens, self.encoder_block_table, self.encoder_slot_mapping)
-        if all(array is None for array in given):
-            return
-        if any(array is None for array in given):
-            raise MetadataError(
-                "encoder_start_loc, _seq_lens, _block_table and _slot_mapping come together or not at all"
-            )
-        start, lens, table, slots = given
-        assert start is not None
-        new = _check_start_loc("encoder_start_loc", start)
-        if len(new) != num_seqs:
-            raise MetadataError(f"encoder_start_loc speaks of {len(new)} sequences, query_start_loc of {num_seqs}")
-        pages = Pages.checked("encoder_", self.block_size, lens, table, slots, start, new)
-        object.__setattr__(self, "encoder_block_table", pages.block_table)
-        object.__setattr__(self, "_encoder_pages", pages)
+    @classmethod
+    def _of(cls, query_start_loc: I32, own: Side, encoder: Side | None = None) -> Self:
+        batch = cls.__new__(cls)
+        batch._fill(query_start_loc, own, encoder, own.block_size)
+        return batch
 
     @classmethod
     def build(
         cls,
-        query_lens: Sequence[int] | I32,
-        seq_lens: Sequence[int] | I32,
-        block_tables: Sequence[Sequence[int]] | I32 | None = None,
+        query_lens: Lengths,
+        seq_lens: Lengths,
+        block_tables: Tables | None = None,
         block_size: int = DEFAULT_BLOCK_SIZE,
         *,
         slot_mapping: Sequence[int] | I64 | None = None,
         num_blocks: int | None = None,
-        encoder_query_lens: Sequence[int] | I32 | None = None,
-        encoder_seq_lens: Sequence[int] | I32 | None = None,
-        encoder_block_tables: Sequence[Sequence[int]] | I32 | None = None,
+        encoder_query_lens: Lengths | None = None,
+        encoder_seq_lens: Lengths | None = None,
+        encoder_block_tables: Tables | None = None,
+        shared_writes: bool = False,
     ) -> Self:
         """Make a batch from what an engine knows of each sequence.
 
@@ -189,6 +181,7 @@ class AttentionMetadata:
                 `encoder_seq_lens`; 0 once they are in the cache).
             encoder_seq_lens: encoder tokens that its cross layers attend to.
             encoder_block_tables: the blocks that hold their keys and values.
+            shared_writes: a sequence may write what another one reads in this step; see the constructor.
 
         Raises:
             MetadataError: naming the sequence, the value and the limit.
@@ -197,53 +190,127 @@ class AttentionMetadata:
         lens = as_lengths("query_lens", query_lens)
         totals = as_lengths("seq_lens", seq_lens)
         _same_count("seq_lens", len(totals), len(lens))
-        start = _start_loc(lens)
+        start = start_loc_of(lens)
         table = as_table("block_tables", block_tables, totals, block_size)
-        if slot_mapping is not None:
-            slots = check_array("slot_mapping", np.asarray(slot_mapping, dtype=np.int64), np.int64, 1)
-        elif block_tables is None:
-            slots = np.full(int(start[-1]), -1, dtype=np.int64)
-        else:
-            slots = table_slots("", block_size, start, lens, totals, table)
-        encoder: dict[str, npt.NDArray[np.signedinteger]] = {}
+        slots = None if slot_mapping is None else as_slots("slot_mapping", slot_mapping)
+        own = Side.of("", block_size, start, totals, table, slots, shared_writes=shared_writes)
+        encoder = None
         if encoder_seq_lens is not None:
             totals_e = as_lengths("encoder_seq_lens", encoder_seq_lens)
             _same_count("encoder_seq_lens", len(totals_e), len(lens))
             new_e = totals_e if encoder_query_lens is None else as_lengths("encoder_query_lens", encoder_query_lens)
             _same_count("encoder_query_lens", len(new_e), len(lens))
-            start_e = _start_loc(new_e)
             table_e = as_table("encoder_block_tables", encoder_block_tables, totals_e, block_size)
-            slots_e = (
-                np.full(int(start_e[-1]), -1, dtype=np.int64)
-                if encoder_block_tables is None
-                else table_slots("encoder_", block_size, start_e, new_e, totals_e, table_e)
-            )
-            encoder = {
-                "encoder_start_loc": start_e,
-                "encoder_seq_lens": totals_e,
-                "encoder_block_table": table_e,
-                "encoder_slot_mapping": slots_e,
-            }
+            start_e = start_loc_of(new_e)
+            encoder = Side.of("encoder_", block_size, start_e, totals_e, table_e, None, shared_writes=shared_writes)
         elif encoder_query_lens is not None or encoder_block_tables is not None:
             raise MetadataError("encoder_query_lens and encoder_block_tables need encoder_seq_lens beside them")
-        batch = cls(
-            query_start_loc=start,
-            seq_lens=totals,
-            block_table=table,
-            slot_mapping=slots,
-            block_size=block_size,
-            **encoder,
-        )
         if num_blocks is not None:
-            batch.view("decoder").pages.check_fits(num_blocks)
-            if encoder_seq_lens is not None:
-                batch.view("cross").pages.check_fits(num_blocks)
-        return batch
+            for side in (own, encoder):
+                if side is not None:
+                    side.check_fits(num_blocks)
+        return cls._of(start, own, encoder)
+
+    @classmethod
+    def read_only(
+        cls,
+        query_lens: Lengths,
+        kv_lens: Lengths,
+        block_tables: Tables,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+    ) -> Self:
+        """Make a batch that writes nothing: queries [T, H, D] over keys that are in the cache, and no k and v.
+
+        A causal layer's last query sits at the last key, as always; one that is not causal has every query see every
+        key, however many queries there are.
+
+        Args:
+            query_lens: queries of each sequence.
+            kv_lens: keys that they attend to.
+            block_tables: the blocks that hold them, in order.
+            block_size: B.
+
+        Raises:
+            MetadataError: naming the sequence, the value and the limit.
+        """
+        size = _block_size(block_size)
+        lens, totals = as_lengths("query_lens", query_lens), as_lengths("kv_lens", kv_lens)
+        _same_count("kv_lens", len(totals), len(lens))
+        table = as_table("block_tables", block_tables, totals, size)
+        own = Side.of("", size, np.zeros(len(lens) + 1, np.int32), totals, table, np.zeros(0, np.int64))
+        return cls._of(start_loc_of(lens), own)
+
+    @classmethod
+    def write_only(cls, side: Side) -> Self:
+        """Make a batch that writes one side of another batch and attends to nothing: k and v, and no rows of q."""
+        return cls._of(np.zeros(len(side.lens) + 1, np.int32), side)
+
+    @property
+    def seq_lens(self) -> I32:
+        """Tokens that are in the cache after this step, i32[S]."""
+        return self.own.lens
+
+    @property
+    def block_table(self) -> I32:
+        """The blocks of each sequence in order, i32[S, M]; 0 beyond its last used block."""
+        return self.own.table
+
+    @property
+    def slot_mapping(self) -> I64:
+        """Where each new token goes, i64[T]; -1: not written."""
+        return self.own.slots
+
+    @property
+    def encoder_start_loc(self) -> I32 | None:
+        """Rows of new encoder tokens per sequence, i32[S + 1]."""
+        return None if self.encoder is None else self.encoder.start_loc
+
+    @property
+    def encoder_seq_lens(self) -> I32 | None:
+        """Encoder tokens that each sequence's cross layers attend to, i32[S]."""
+        return None if self.encoder is None else self.encoder.lens
+
+    @property
+    def encoder_block_table(self) -> I32 | None:
+        """The blocks of the encoder's tokens, i32[S, Me]."""
+        return None if self.encoder is None else self.encoder.table
+
+    @property
+    def encoder_slot_mapping(self) -> I64 | None:
+        """Where cross layers write the new encoder tokens, i64[Te]."""
+        return None if self.encoder is None else self.encoder.slots
+
+    @cached_property
+    def query_lens(self) -> I32:
+        """New tokens of each sequence, i32[S]."""
+        lens = np.diff(self.query_start_loc)
+        lens.flags.writeable = False
+        return lens
+
+    @cached_property
+    def max_query_len(self) -> int:
+        """The most new tokens of a sequence."""
+        return int(self.query_lens.max(initial=0))
+
+    @cached_property
+    def max_seq_len(self) -> int:
+        """The longest of `seq_lens`."""
+        return int(self.seq_lens.max(initial=0))
+
+    @cached_property
+    def num_decodes(self) -> int:
+        """Sequences with at most one new token."""
+        return int(np.count_nonzero(self.query_lens <= 1))
+
+    @property
+    def num_prefills(self) -> int:
+        """Sequences with more than one new token."""
+        return self.num_seqs - self.num_decodes
 
     @property
     def num_seqs(self) -> int:
         """Sequences, S."""
-        return len(self.seq_lens)
+        return len(self.own.lens)
 
     @property
     def num_tokens(self) -> int:
@@ -253,13 +320,13 @@ class AttentionMetadata:
     @property
     def context_lens(self) -> I32:
         """Tokens that were in the cache before this step, i32[S]."""
-        context: I32 = np.maximum(self.seq_lens - self.query_lens, 0)
+        context: I32 = np.maximum(self.seq_lens - self.own.new_lens, 0)
         return context
 
     @property
     def highest_block(self) -> int:
         """The highest block id that a sequence uses (-1: none)."""
-        return self._pages.highest_block
+        return self.own.highest_block
 
     def view(self, kind: Kind) -> BatchView:
         """Return the batch as a layer of this kind sees it (made once).
@@ -268,33 +335,22 @@ class AttentionMetadata:
             MetadataError: a cross layer, and the batch has no encoder lengths; an encoder layer, and a sequence has
                 tokens before this step's.
         """
-        found = self._views.get(kind)
-        if found is None:
-            found = self._views[kind] = self._make_view(kind)
-        return found
+        views: dict[Kind, BatchView] = self.__dict__["_views"]
+        view = views.get(kind)
+        if view is None:
+            view = views[kind] = self._make_view(kind)
+        return view
 
     def _make_view(self, kind: Kind) -> BatchView:
-        pages = self._pages
         if kind == "decoder":
-            return BatchView(
-                query_start_loc=self.query_start_loc,
-                kv_lens=self.seq_lens,
-                new_start_loc=self.query_start_loc,
-                pages=pages,
-            )
-        if self.encoder_start_loc is not None:
-            assert self.encoder_seq_lens is not None
-            assert self._encoder_pages is not None
-            pages = self._encoder_pages
-            start, lens = self.encoder_start_loc, self.encoder_seq_lens
-        elif kind == "cross":
-            raise MetadataError("a cross layer needs a batch with encoder_seq_lens and encoder_block_tables")
-        else:
-            start, lens = self.query_start_loc, self.seq_lens
+            return BatchView(query_start_loc=self.query_start_loc, kv_lens=self.own.lens, side=self.own)
         if kind == "cross":
-            return BatchView(query_start_loc=self.query_start_loc, kv_lens=lens, new_start_loc=start, pages=pages)
-        new = np.diff(start)
+            if self.encoder is None:
+                raise MetadataError("a cross layer needs a batch with encoder_seq_lens and encoder_block_tables")
+            return BatchView(query_start_loc=self.query_start_loc, kv_lens=self.encoder.lens, side=self.encoder)
+        side = self.own if self.encoder is None else self.encoder
         # Encoder tokens that were encoded in an earlier step have no row in this one: they take no part.
+        new, lens = side.new_lens, side.lens
         partial = np.flatnonzero((new != lens) & (new > 0) & (lens > 0))
         if len(partial):
             s = int(partial[0])
@@ -302,50 +358,44 @@ class AttentionMetadata:
                 f"sequence {s}: an encoder layer sees {int(lens[s])} tokens but {int(new[s])} are in this step; "
                 "encoders cannot be computed in chunks: give all tokens at once"
             )
-        return BatchView(
-            query_start_loc=start, kv_lens=np.minimum(lens, new).astype(np.int32), new_start_loc=start, pages=pages
+        return BatchView(query_start_loc=side.start_loc, kv_lens=np.minimum(lens, new).astype(np.int32), side=side)
+
+    def __repr__(self) -> str:
+        encoder = "" if self.encoder is None else f", encoder {self.encoder.lens.tolist()}"
+        return (
+            f"AttentionMetadata({self.num_seqs} sequences, query_lens {self.query_lens.tolist()}, "
+            f"seq_lens {self.seq_lens.tolist()}{encoder}, block_size {self.block_size})"
         )
 
-    def split(self, decode_query_len: int = 1) -> tuple[BatchPart, BatchPart]:
-        """Return the decodes (at most `decode_query_len` new tokens) and the prefills, each as a batch of its own.
 
-        An engine that puts its decodes first (or last) gets slices: nothing is copied on either side.
-        """
-        is_decode = self.query_lens <= decode_query_len
-        return self._part(np.flatnonzero(is_decode)), self._part(np.flatnonzero(~is_decode))
+def _checked_side(
+    prefix: str, block_size: int, start: I32, lens: Any, table: Any, slots: Any, shared_writes: bool
+) -> Side:
+    # The caller may fill its buffers for the next step while this one is planned: kernels get copies of what was
+    # checked. (A table is copied when its unused entries are cleared; without columns there is nothing to copy.)
+    return Side.of(
+        prefix,
+        block_size,
+        start,
+        _exact(f"{prefix}seq_lens", lens, np.int32, 1).copy(),
+        _exact(f"{prefix}block_table", table, np.int32, 2),
+        _exact(f"{prefix}slot_mapping", slots, np.int64, 1).copy(),
+        shared_writes=shared_writes,
+    )
 
-    def _part(self, sequences: npt.NDArray[np.intp]) -> BatchPart:
-        chosen: slice | npt.NDArray[np.intp] = sequences
-        tokens: slice | npt.NDArray[np.intp]
-        start, lens = self.query_start_loc, self.query_lens[sequences]
-        if not len(sequences) or sequences[-1] - sequences[0] + 1 == len(sequences):
-            first = int(sequences[0]) if len(sequences) else 0
-            chosen = slice(first, first + len(sequences))
-            tokens = slice(int(start[first]), int(start[first + len(sequences)]))
-        else:
-            tokens = np.concatenate([np.arange(start[s], start[s + 1], dtype=np.intp) for s in sequences])
-        encoder: dict[str, npt.NDArray[np.signedinteger]] = {}
-        if self.encoder_start_loc is not None:
-            assert self.encoder_seq_lens is not None
-            assert self.encoder_block_table is not None
-            assert self.encoder_slot_mapping is not None
-            new = np.diff(self.encoder_start_loc)
-            rows = np.repeat(np.isin(np.arange(self.num_seqs), sequences), new)
-            encoder = {
-                "encoder_start_loc": _start_loc(new[sequences]),
-                "encoder_seq_lens": self.encoder_seq_lens[chosen],
-                "encoder_block_table": self.encoder_block_table[chosen],
-                "encoder_slot_mapping": self.encoder_slot_mapping[rows],
-            }
-        part = AttentionMetadata(
-            query_start_loc=_start_loc(lens),
-            seq_lens=self.seq_lens[chosen],
-            block_table=self.block_table[chosen],
-            slot_mapping=self.slot_mapping[tokens],
-            block_size=self.block_size,
-            **encoder,
+
+def _exact(name: str, array: object, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
+    """Refuse what is not a plain host array of this type and rank; return it."""
+    if type(array) is not np.ndarray:
+        raise MetadataError(
+            f"{name} must be a plain numpy array on the host, not {type(array).__module__}.{type(array).__name__}"
         )
-        return BatchPart(part, chosen, tokens)
+    # (A type of the other byte order is not equal to the native one.)
+    if array.dtype != dtype or array.ndim != ndim:
+        raise MetadataError(
+            f"{name} must be {np.dtype(dtype).name} with {ndim} axes, found {array.dtype} of shape {array.shape}"
+        )
+    return array
 
 
 def _block_size(value: object) -> int:
@@ -354,20 +404,14 @@ def _block_size(value: object) -> int:
     return int(value)
 
 
-def _same_count(name: str, found: int, expected: int) -> None:
-    if found != expected:
-        raise MetadataError(f"{name} speaks of {found} sequences, query_lens of {expected}")
-
-
-def _start_loc(lens: I32) -> I32:
-    start = np.zeros(len(lens) + 1, dtype=np.int32)
-    np.cumsum(lens, out=start[1:])
-    return start
+def _same_count(name: str, length: int, expected: int) -> None:
+    if length != expected:
+        raise MetadataError(f"{name} has length {length}, expected {expected}: one for each sequence")
 
 
 def _check_start_loc(name: str, start: object) -> I32:
-    """Check an array of offsets and return the lengths between them, i32[S]."""
-    offsets = check_array(name, start, np.int32, 1)
+    """Check an array of offsets and return a copy."""
+    offsets = _exact(name, start, np.int32, 1).copy()
     if len(offsets) < 1 or offsets[0] != 0:
         raise MetadataError(f"{name} must begin with 0 and have one entry more than there are sequences")
     lens = np.diff(offsets)
@@ -376,4 +420,4 @@ def _check_start_loc(name: str, start: object) -> I32:
         raise MetadataError(
             f"{name}: sequence {s} ends at {int(offsets[s + 1])}, before it begins at {int(offsets[s])}"
         )
-    return lens
+    return offsets

@@ -149,6 +149,15 @@ class AttentionSpec:
             self.num_kv_heads, self.head_size, self.value_head_size, self.block_size, self.kv_cache_dtype
         )
 
+    @cached_property
+    def sees_every_key(self) -> bool:
+        """Whether each query attends to every key, none of them its own step's: cross layers, and reads alike.
+
+        Positions mean nothing then: a query may be given alone, in any order.
+        """
+        plain = not (self.causal or self.writes_kv or self.alibi or self.has_window)
+        return self.kind == "cross" or (self.kind == "decoder" and plain)
+
     @property
     def has_window(self) -> bool:
         """Whether a side of the window is closed (beyond what causality closes)."""

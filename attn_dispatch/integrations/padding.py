@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract.side import I32
 from attn_dispatch.errors import CacheError
 
 __all__ = ["Columns", "pack", "unpack"]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from attn_dispatch.cache import BlockPool
 from attn_dispatch.contract import AttentionMetadata
-from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract.side import I32
 from attn_dispatch.errors import CacheError
 
 __all__ = ["Rows", "Sequences", "StepBatch"]

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.contract.pages import I64
+from attn_dispatch.contract.side import I64
 from attn_dispatch.errors import SpecError
 
 __all__ = ["BlockMask", "LocalStride", "Pattern"]

@@ -15,12 +15,12 @@ import numpy as np
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
-from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract.side import I32
 from attn_dispatch.errors import MetadataError, SpecError
 from attn_dispatch.variants.block_mask import Bools, Pattern
 from attn_dispatch.variants.choosing import choose_for
 from attn_dispatch.variants.head_folding import fold_cache, fold_rows, folded_spec, unfold_rows
-from attn_dispatch.variants.pieces import I64, Pieces, cut, reading, starts
+from attn_dispatch.variants.pieces import I64, Pieces, cut, starts
 from attn_dispatch.variants.rows import put
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, attend, refuse_fields
 from attn_dispatch.variants.writing import Writer
@@ -91,11 +91,11 @@ class BlockSparse(Variant):
             if spec.sinks:
                 raise SpecError("BlockSparse: sinks differ from head to head, and so cannot go with a pattern per head")
             head = folded_spec(head, self._patterns)
-        self._everything = replace(head, kind="cross", causal=False)
+        self._everything = replace(head, causal=False)
         self._diagonal = head if spec.causal else self._everything
         store = replace(spec, kind="decoder", causal=True, sinks=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        self.backend = choose_for("BlockSparse", [self._diagonal, Writer.specs(store)], backend, scaled=scaled)
+        self.backend = choose_for("BlockSparse", [self._diagonal, Writer.spec_for(store)], backend, scaled=scaled)
         owned: dict[str, Any] = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
         self._attn = attention(self._diagonal, self.backend, **owned)
         self._owned = owned
@@ -114,13 +114,13 @@ class BlockSparse(Variant):
             BackendRefusedError: a mask leaves out diagonal blocks, and the backend cannot do without them.
         """
         spec, view = self.spec, batch.view(self.spec.kind)
-        if batch.block_size != spec.block_size or (view.max_kv_len and not view.pages.exist):
+        if batch.block_size != spec.block_size or (view.max_kv_len and not view.side.has_blocks):
             raise MetadataError(
                 f"the batch has block_size={batch.block_size} or no block tables; needs {spec.block_size}"
             )
         pieces = cut(view, self.sparse_block)
         keep = self._kept(pieces, view.kv_lens.astype(np.int64), self.pattern if pattern is None else pattern)
-        lens, table = self._tables(pieces, view.kv_lens.astype(np.int64), view.pages.block_table, keep)
+        lens, table = self._tables(pieces, view.kv_lens.astype(np.int64), view.side.table, keep)
         rows = np.tile(pieces.rows, self._patterns)
         # Where the diagonal is kept, and where rows see all that they are given.
         ends_at_diagonal = self._has_diagonal(pieces, keep) | (lens == 0)
@@ -134,7 +134,7 @@ class BlockSparse(Variant):
             num_tokens=view.num_tokens,
             groups=tuple(groups),
             write=self._writer.plan(view) if spec.writes_kv else None,
-            highest_block=view.pages.highest_block,
+            highest_block=view.side.highest_block,
             patterns=self._patterns,
             kept_blocks=int(keep.sum()),
             dense_blocks=int(blocks.sum()) * self._patterns,
@@ -199,9 +199,7 @@ class BlockSparse(Variant):
 
     def _group(self, chosen: Bools, spec: AttentionSpec, rows: I64, lens: I64, table: I32) -> Group:
         attn = self._attn if spec == self._attn.spec else attention(spec, self.backend, **self._owned)
-        batch = reading(
-            rows[chosen], lens[chosen], table[chosen], self.spec.block_size, everything=spec.kind == "cross"
-        )
+        batch = AttentionMetadata.read_only(rows[chosen], lens[chosen], table[chosen], self.spec.block_size)
         if chosen.all():
             return Group((Pass(attn, attn.plan(batch)),))
         start = starts(rows).astype(np.int64)

@@ -17,7 +17,7 @@ from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
 from attn_dispatch.errors import MetadataError
 from attn_dispatch.variants.choosing import choose_for
-from attn_dispatch.variants.pieces import I64, reading, shifted
+from attn_dispatch.variants.pieces import I64, shifted
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
 
 __all__ = ["Cascade"]
@@ -52,7 +52,7 @@ class Cascade(Variant):
         refuse_fields("Cascade", replace(spec, kind="decoder"), "window", "alibi", "causal")
         own = replace(spec, returns_lse=True)
         # The sink counts once: with each sequence's own part.
-        shared = replace(own, kind="cross", causal=False, sinks=False, writes_kv=False)
+        shared = replace(own, causal=False, sinks=False, writes_kv=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
         self.backend = choose_for("Cascade", [own, shared], backend, scaled=scaled)
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
@@ -72,19 +72,19 @@ class Cascade(Variant):
         shared, sequence, rows = self._shared_blocks(view)
         passes = [Pass(self._own, self._own.plan(self._own_batch(batch, view, shared)), writes=True)]
         if shared.any():
-            table = shifted(view.pages.block_table, sequence, np.zeros_like(sequence), shared[sequence])
-            together = reading(rows, shared[sequence] * spec.block_size, table, spec.block_size, everything=True)
+            table = shifted(view.side.table, sequence, np.zeros_like(sequence), shared[sequence])
+            together = AttentionMetadata.read_only(rows, shared[sequence] * spec.block_size, table, spec.block_size)
             passes.append(Pass(self._shared, self._shared.plan(together)))
         return VariantPlan(
             spec=spec,
             num_tokens=view.num_tokens,
             groups=(Group(tuple(passes)),),
-            highest_block=view.pages.highest_block,
+            highest_block=view.side.highest_block,
         )
 
     def _shared_blocks(self, view: BatchView) -> tuple[I64, I64, I64]:
         """Return the blocks that each sequence shares, i64[S], and runs of neighbours that do: a member, and rows."""
-        table, size = view.pages.block_table, self.spec.block_size
+        table, size = view.side.table, self.spec.block_size
         lens, new = view.kv_lens.astype(np.int64), view.query_lens.astype(np.int64)
         # Only what was there before the step, in whole blocks: every row of the run sees all of it.
         whole = np.maximum(lens - new, 0) // size
@@ -113,7 +113,8 @@ class Cascade(Variant):
         return AttentionMetadata(
             query_start_loc=view.query_start_loc,
             seq_lens=lens,
-            block_table=shifted(view.pages.block_table, every, shared, -(-lens // self.spec.block_size)),
-            slot_mapping=view.pages.slot_mapping,
+            block_table=shifted(view.side.table, every, shared, -(-lens // self.spec.block_size)),
+            slot_mapping=view.side.slots,
             block_size=self.spec.block_size,
+            shared_writes=True,  # asked of the whole batch already
         )

@@ -218,12 +218,12 @@ class Differential:
 
     def _halved(self, cache: KVCache, halves: Attention) -> PairCache:
         """Return both halves of a cache of pairs, made once."""
-        kept: Any = cache.bound.get(_KEPT)
+        kept: Any = cache.backend_state.get(_KEPT)
         if kept is None or any(kept[0][name] is not array for name, array in cache.arrays.items()):
             first, second = (self._half_cache(cache, halves, side) for side in (0, 1))
             assert first is not None  # it was tried
             assert second is not None
-            kept = cache.bound[_KEPT] = (dict(cache.arrays), PairCache(first, second))
+            kept = cache.backend_state[_KEPT] = (dict(cache.arrays), PairCache(first, second))
         return kept[1]  # type: ignore[no-any-return]
 
     def _run_four(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: PairCache) -> tuple[Array, Array]:

@@ -15,10 +15,10 @@ import numpy as np
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
-from attn_dispatch.contract.pages import I64
+from attn_dispatch.contract.side import I64
 from attn_dispatch.errors import ArrayError, MetadataError, SpecError
 from attn_dispatch.variants.choosing import choose_for
-from attn_dispatch.variants.pieces import cut, reading, shifted, starts
+from attn_dispatch.variants.pieces import cut, shifted, starts
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
 
 __all__ = ["ChunkPositions", "DualChunk"]
@@ -81,7 +81,7 @@ class DualChunk(Variant):
             )
         self.chunk_tokens, self.trained_tokens = chunk_tokens, trained_tokens
         own = replace(spec, returns_lse=True)
-        back = replace(own, kind="cross", causal=False, writes_kv=False)
+        back = replace(own, causal=False, writes_kv=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
         self.backend = choose_for("DualChunk", [own, back], backend, scaled=scaled)
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
@@ -117,7 +117,7 @@ class DualChunk(Variant):
             raise MetadataError(f"the batch has block_size={batch.block_size}, the layer {size}")
         pieces = cut(view, chunk)
         number = pieces.begin // chunk
-        table = view.pages.block_table
+        table = view.side.table
 
         def pages(first_chunk: I64, lens: I64) -> Any:
             return shifted(table, pieces.sequence, first_chunk * (chunk // size), -(-lens // size))
@@ -127,8 +127,9 @@ class DualChunk(Variant):
             query_start_loc=starts(pieces.rows),
             seq_lens=lens.astype(np.int32),
             block_table=pages(number, lens),
-            slot_mapping=view.pages.slot_mapping,
+            slot_mapping=view.side.slots,
             block_size=size,
+            shared_writes=True,  # asked of the whole batch already
         )
         # First the pass that writes: what it writes, the others read.
         passes = [Pass(self._own, self._own.plan(own), query=0, writes=True)]
@@ -137,13 +138,13 @@ class DualChunk(Variant):
             (2, np.zeros_like(number), np.maximum(number - 1, 0) * chunk),
         ):
             if lens.any():
-                seen = reading(pieces.rows, lens, pages(first, lens), size, everything=True)
+                seen = AttentionMetadata.read_only(pieces.rows, lens, pages(first, lens), size)
                 passes.append(Pass(self._back, self._back.plan(seen), query=query))
         return VariantPlan(
             spec=self.spec,
             num_tokens=view.num_tokens,
             groups=(Group(tuple(passes)),),
-            highest_block=view.pages.highest_block,
+            highest_block=view.side.highest_block,
         )
 
     def run(

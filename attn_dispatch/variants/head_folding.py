@@ -42,7 +42,7 @@ def fold_cache(cache: KVCache, spec: AttentionSpec, layout: CacheLayout) -> KVCa
     """
     heads = cache.geometry.num_kv_heads
     shapes: Mapping[str, tuple[int, ...]] = layout.shapes(spec.geometry, cache.num_blocks * heads)
-    kept: Any = cache.bound.get(_KEPT)
+    kept: Any = cache.backend_state.get(_KEPT)
     if kept is not None and all(kept[0].get(name) is array for name, array in cache.arrays.items()):
         return kept[1]  # type: ignore[no-any-return]
     folded = {}
@@ -56,7 +56,7 @@ def fold_cache(cache: KVCache, spec: AttentionSpec, layout: CacheLayout) -> KVCa
             )
         folded[name] = array.reshape(shape)
     made = KVCache(cache.owner, spec.geometry, layout, cache.num_blocks * heads, folded, cache.device)
-    cache.bound[_KEPT] = (dict(cache.arrays), made)
+    cache.backend_state[_KEPT] = (dict(cache.arrays), made)
     return made
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
-from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract.side import I32
 from attn_dispatch.errors import MetadataError, SpecError
 from attn_dispatch.variants.choosing import Needs, choose_for
-from attn_dispatch.variants.pieces import I64, cut, reading, shifted
+from attn_dispatch.variants.pieces import I64, cut, shifted
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
 from attn_dispatch.variants.writing import Writer
 
@@ -84,11 +84,11 @@ class Longformer(Variant):
         ):
             raise SpecError(f"Longformer: kind={spec.kind}, window={spec.window}: needs a closed window to slide")
         reads = replace(spec, writes_kv=False, returns_lse=True)
-        globals_ = replace(reads, kind="cross", causal=False, window=(-1, -1), sinks=False)
+        globals_ = replace(reads, kind="decoder", causal=False, window=(-1, -1), sinks=False)
         full = replace(reads, window=(-1, -1)) if spec.causal else replace(globals_, sinks=spec.sinks)
         store = replace(spec, kind="decoder", causal=True, window=(-1, -1), sinks=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        needs: Needs = [reads, globals_, full, Writer.specs(store)]
+        needs: Needs = [reads, globals_, full, Writer.spec_for(store)]
         self.backend = choose_for("Longformer", needs, backend, scaled=scaled)
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
         self._window = attention(reads, self.backend, sinks=sinks, **scales)
@@ -116,7 +116,7 @@ class Longformer(Variant):
             MetadataError: a position that is not in its sequence, or blocks that are missing.
         """
         spec, view = self.spec, batch.view(self.spec.kind)
-        if batch.block_size != spec.block_size or (view.max_kv_len and not view.pages.exist):
+        if batch.block_size != spec.block_size or (view.max_kv_len and not view.side.has_blocks):
             raise MetadataError(
                 f"the batch has block_size={batch.block_size} or no block tables; needs {spec.block_size}"
             )
@@ -128,7 +128,7 @@ class Longformer(Variant):
                 passes.append(Pass(self._globals, self._globals.plan(seen)))
         groups = [Group(tuple(passes))]
         everything = self._everything_group(view, found.positions)
-        blocks = [view.pages.highest_block, int(found.forth.max(initial=-1)), int(found.back.max(initial=-1))]
+        blocks = [view.side.highest_block, int(found.forth.max(initial=-1)), int(found.back.max(initial=-1))]
         return VariantPlan(
             spec=spec,
             num_tokens=view.num_tokens,
@@ -145,7 +145,7 @@ class Longformer(Variant):
     def _locate(
         self, view: BatchView, tokens: int | Sequence[Sequence[int]], blocks: Sequence[Sequence[int]] | None
     ) -> _Globals:
-        size, table, lens = self.spec.block_size, view.pages.block_table, view.kv_lens
+        size, table, lens = self.spec.block_size, view.side.table, view.kv_lens
         if isinstance(tokens, int):
             positions = [np.arange(min(tokens, int(n))) for n in lens]
         else:
@@ -191,8 +191,8 @@ class Longformer(Variant):
         first = np.maximum(pieces.begin - left, 0) // size
         first[pieces.padding] = 0
         lens = pieces.end - first * size
-        table = shifted(view.pages.block_table, pieces.sequence, first, -(-lens // size))
-        return reading(pieces.rows, lens, table, size)
+        table = shifted(view.side.table, pieces.sequence, first, -(-lens // size))
+        return AttentionMetadata.read_only(pieces.rows, lens, table, size)
 
     def _global_batch(self, view: BatchView, positions: list[I64], table: I32, side: int) -> AttentionMetadata | None:
         """Return every row with the global tokens before its window (side 0), or after it (1); None if there are none.
@@ -216,8 +216,8 @@ class Longformer(Variant):
             seen.append(counts[changes])
         if not rows or not any(one.any() for one in seen):
             return None
-        return reading(
-            np.concatenate(rows), np.concatenate(seen), table[sequence], self.spec.block_size, everything=True
+        return AttentionMetadata.read_only(
+            np.concatenate(rows), np.concatenate(seen), table[sequence], self.spec.block_size
         )
 
     def _everything_group(self, view: BatchView, positions: list[I64]) -> Group | None:
@@ -238,6 +238,6 @@ class Longformer(Variant):
             picked.append(mine - (length - new) + int(view.query_start_loc[s]))
         if not picked:
             return None
-        table = view.pages.block_table[sequence]
-        batch = reading(np.array(rows), np.array(ends), table, self.spec.block_size, everything=not self.spec.causal)
+        table = view.side.table[sequence]
+        batch = AttentionMetadata.read_only(np.array(rows), np.array(ends), table, self.spec.block_size)
         return Group((Pass(self._full, self._full.plan(batch)),), np.concatenate(picked).astype(np.int64))

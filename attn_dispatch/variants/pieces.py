@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.contract import AttentionMetadata, BatchView
-from attn_dispatch.contract.pages import I32
+from attn_dispatch.contract import BatchView
+from attn_dispatch.contract.side import I32
 
-__all__ = ["I64", "Pieces", "cut", "reading", "shifted", "starts"]
+__all__ = ["I64", "Pieces", "cut", "shifted", "starts"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -72,40 +72,3 @@ def shifted(table: npt.NDArray[np.int32], sequence: I64, first_block: I64, count
         return np.zeros((len(sequence), width), np.int32)
     rows = table[sequence[:, None], np.minimum(at, table.shape[1] - 1)]
     return np.where(inside, rows, 0).astype(np.int32)
-
-
-def reading(
-    rows: npt.NDArray[np.signedinteger],
-    lens: npt.NDArray[np.signedinteger],
-    table: I32,
-    block_size: int,
-    *,
-    everything: bool = False,
-) -> AttentionMetadata:
-    """Return a batch that reads and writes nothing, for layers with `writes_kv=False`.
-
-    Args:
-        rows: query rows of each sequence.
-        lens: keys of each; 0: its rows attend to nothing.
-        table: i32[S, M].
-        block_size: B.
-        everything: every row sees every key of its sequence, however few there are: the batch is for a cross layer.
-            Otherwise for a decoder layer, whose last row is at the last key.
-    """
-    start, lens = starts(rows), lens.astype(np.int32)
-    nowhere = np.full(int(start[-1]), -1, np.int64)
-    if not everything:
-        return AttentionMetadata(
-            query_start_loc=start, seq_lens=lens, block_table=table, slot_mapping=nowhere, block_size=block_size
-        )
-    return AttentionMetadata(
-        query_start_loc=start,
-        seq_lens=np.zeros_like(lens),
-        block_table=np.zeros((len(lens), 0), np.int32),
-        slot_mapping=nowhere,
-        block_size=block_size,
-        encoder_start_loc=np.zeros_like(start),
-        encoder_seq_lens=lens,
-        encoder_block_table=table,
-        encoder_slot_mapping=np.zeros(0, np.int64),
-    )

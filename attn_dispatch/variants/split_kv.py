@@ -17,7 +17,7 @@ from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.errors import MetadataError, SpecError
 from attn_dispatch.variants.choosing import choose_for
-from attn_dispatch.variants.pieces import reading, shifted
+from attn_dispatch.variants.pieces import shifted
 from attn_dispatch.variants.rows import concatenate, put
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
 
@@ -72,7 +72,7 @@ class SplitKV(Variant):
             raise SpecError(f"part_blocks={part_blocks} must be 1 or more")
         self.part_blocks = part_blocks
         last = replace(spec, returns_lse=True)
-        part = replace(last, kind="cross", causal=False, sinks=False, writes_kv=False)
+        part = replace(last, causal=False, sinks=False, writes_kv=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
         self.backend = choose_for("SplitKV", [last, part], backend, scaled=scaled)
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
@@ -90,7 +90,7 @@ class SplitKV(Variant):
         size = spec.block_size
         if batch.block_size != size:
             raise MetadataError(f"the batch has block_size={batch.block_size}, the layer {size}")
-        table, new = view.pages.block_table, view.query_lens
+        table, new = view.side.table, view.query_lens
         context = np.maximum(view.kv_lens - new, 0).astype(np.int64)
         # The last part has the new tokens and is never empty; the others are of full blocks before them.
         parts = np.maximum(-(-context // (size * self.part_blocks)) - 1, 0)
@@ -101,8 +101,9 @@ class SplitKV(Variant):
             query_start_loc=view.query_start_loc,
             seq_lens=lens,
             block_table=shifted(table, every, begun, -(-lens // size)),
-            slot_mapping=view.pages.slot_mapping,
+            slot_mapping=view.side.slots,
             block_size=size,
+            shared_writes=True,  # asked of the whole batch already
         )
         passes = [Pass(self._last, self._last.plan(own), writes=True)]
         most = int(parts.max(initial=0))
@@ -113,13 +114,13 @@ class SplitKV(Variant):
             there = number < parts[sequence]
             blocks = np.where(there, self.part_blocks, 0)
             pages = shifted(table, sequence, number * self.part_blocks, blocks)
-            together = reading(np.tile(new, most), blocks * size, pages, size, everything=True)
+            together = AttentionMetadata.read_only(np.tile(new, most), blocks * size, pages, size)
             passes.append(Pass(self._part, self._part.plan(together)))
         return SplitPlan(
             spec=spec,
             num_tokens=view.num_tokens,
             groups=(Group(tuple(passes)),),
-            highest_block=view.pages.highest_block,
+            highest_block=view.side.highest_block,
             parts=most,
         )
 

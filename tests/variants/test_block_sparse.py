@@ -198,7 +198,7 @@ def test_heads_are_folded_without_a_copy_and_out_is_written() -> None:
     out = np.zeros((1, 4, 32), np.float32)
     assert variant.run(variant.plan(batch), q, k, k, cache, out) is out
     assert out.any()
-    (folded,) = [x for x in cache.bound.values() if isinstance(x, tuple)]
+    (folded,) = [x for x in cache.backend_state.values() if isinstance(x, tuple)]
     assert np.shares_memory(folded[1].arrays["key"], cache.arrays["key"])
     assert folded[1].arrays["key"].shape == (8, 1, 32, 32)
 
@@ -210,7 +210,7 @@ def test_cost_follows_the_kept_blocks() -> None:
     plan = variant.plan(batch)
     assert (plan.kept_blocks, plan.dense_blocks) == (6, 100)
     inner = plan.groups[0].passes[0].plan
-    assert inner.view.pages.block_table.tolist() == [[19, 39, 59, 79, 98, 99]]
+    assert inner.view.side.table.tolist() == [[19, 39, 59, 79, 98, 99]]
     assert inner.view.max_kv_len == 6 * 32
 
 

@@ -108,7 +108,7 @@ def test_steps_of_many_tokens_compute_no_zeros() -> None:
     cache = layer.allocate(1)
     q, k = np.ones((20, 8, 32), np.float32), np.ones((20, 4, 32), np.float32)
     layer.run(layer.plan(ad.AttentionMetadata.build([20], [20], [[0]], 32)), q, k, k, cache)
-    (kept,) = [found for name, found in cache.bound.items() if "differential" in name]
+    (kept,) = [found for name, found in cache.backend_state.items() if "differential" in name]
     assert all(np.shares_memory(half.key, cache.key) for half in kept[1].caches)
     assert (cache.key[0, :, :20] == 1).all()
 

@@ -135,7 +135,7 @@ def test_pages_outside_the_window_are_not_read() -> None:
     plan = variant.plan(batch, 4)
     window, sinks = (one.plan.view for one in plan.groups[0].passes)
     assert window.max_kv_len == 64
-    assert window.pages.block_table.tolist() == [[196, 197, 198, 199]]
+    assert window.side.table.tolist() == [[196, 197, 198, 199]]
     assert sinks.max_kv_len == 4
     assert len(plan.groups) == 1
 

@@ -122,7 +122,7 @@ def test_cascade(backend: str, prefixes: list[int], sinks: Any) -> None:
 def test_a_cascade_shares_only_what_was_there_before() -> None:
     """A block that this step writes, or that one of the sequences has but in part, is nobody else's to read."""
     variant = Cascade(spec_of(), "reference")
-    batch = ad.AttentionMetadata.build([1, 20], [40, 40], [[7, 8, 1], [7, 8, 2]], 16)
+    batch = ad.AttentionMetadata.build([1, 20], [40, 40], [[7, 8, 1], [7, 8, 2]], 16, shared_writes=True)
     view = variant.plan(batch).groups[0].passes[1].plan.view
     assert view.kv_lens.tolist() == [16]
     padded = ad.AttentionMetadata.build([1, 1, 2], [40, 40, 0], [[7, 8, 1], [7, 8, 2], []], 16)

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 import attn_dispatch
-from attn_dispatch import AttentionMetadata, AttentionSpec, KVCache
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
-from attn_dispatch.contract import HND, Array, CacheLayout, LayerParameters, register_layout
+from attn_dispatch import AttentionMetadata, AttentionSpec
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.contract import HND, Array, CacheLayout, register_layout
 from attn_dispatch.contract.dtypes import is_quantised, numpy_dtype
 
 if TYPE_CHECKING:
@@ -91,23 +91,14 @@ class NumbaBackend(Backend):
         plan = NumbaPlan(
             spec=spec, view=view, threads=num_threads(), template=template, kept=kept, table_at=address(kept[0])
         )
-        if view.pages.exist:
+        if view.side.has_blocks:
             work_of(plan, in_blocks=True)
         return plan
 
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    def run(self, call: Call) -> Array | tuple[Array, Array]:
         """Write the new keys and values, then attend."""
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out, return_lse = call.cache, call.layer, call.out, call.return_lse
         from attn_dispatch_cpu.running import Runner
 
         assert isinstance(plan, NumbaPlan)

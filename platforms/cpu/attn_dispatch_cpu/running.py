@@ -79,10 +79,10 @@ def scratch(size: int) -> int:
 def prepare(spec: AttentionSpec, view: BatchView) -> tuple[Words, list[NDArray]]:
     """Return the part of the record that a plan knows, and the arrays that it points into."""
     job, numbers = J.new_job()
-    pages = view.pages
+    side = view.side
     kept = [
         np.ascontiguousarray(array)  # a batch made by hand may hold views
-        for array in (pages.block_table, view.kv_lens, view.query_start_loc, view.new_start_loc, pages.slot_mapping)
+        for array in (side.table, view.kv_lens, view.query_start_loc, view.new_start_loc, side.slots)
     ]
     _, job[J.KV_LENS], job[J.QUERY_START], job[J.NEW_START], job[J.SLOTS] = map(address, kept)
     job[J.TABLE_ROW] = kept[0].strides[0]  # where the table is says that there is one: filled in with a cache
@@ -137,9 +137,9 @@ class Runner:
 
     def give_cache(self, cache: KVCache) -> None:
         """Say where the cache is."""
-        words: Any = cache.bound.get("cpu/numba")
+        words: Any = cache.backend_state.get("cpu/numba")
         if words is None:
-            words = cache.bound["cpu/numba"] = _cache_words(cache)
+            words = cache.backend_state["cpu/numba"] = _cache_words(cache)
         job = self._job
         job[KEY_TO_TOKEN], job[VALUE_TO_TOKEN], job[J.KEY_SCALES], job[J.VALUE_SCALES] = words
         job[J.TABLE] = self._plan.table_at
@@ -158,7 +158,7 @@ class Runner:
 
     def write(self, k: Array, v: Array) -> None:
         """Store new keys and values into their slots."""
-        if not self._plan.view.pages.writes:
+        if not self._plan.view.side.num_written:
             return
         job = self._job
         for at, given in ((J.NEW_KEY, k), (J.NEW_VALUE, v)):

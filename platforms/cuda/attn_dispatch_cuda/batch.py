@@ -79,7 +79,7 @@ def cut(view: BatchView, block_size: int, *, paged: bool) -> Batch:
     queries = view.query_lens[live].astype(np.int32)
     lens = view.kv_lens[live].astype(np.int32)
     empty = lens == 0
-    tables = view.pages.block_table[live]
+    tables = view.side.table[live]
     idle = None
     if empty.any():
         idle = np.repeat(empty, queries)

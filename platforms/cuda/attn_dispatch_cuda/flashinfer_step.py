@@ -184,7 +184,7 @@ class InferStep(Step):
         """Whether what is written fits FlashInfer's model: every row, at the end of its sequence, as it is."""
         spec = self.spec
         plain = spec.kind == "decoder" and spec.writes_kv and spec.kv_cache_dtype == spec.dtype
-        return plain and not self.fixed and batch.idle is None and view.pages.writes_all
+        return plain and not self.fixed and batch.idle is None and view.side.writes_all
 
     def write(self, store: Store, k: torch.Tensor, v: torch.Tensor, owned: Owned) -> None:
         """By FlashInfer's one kernel for keys and values where its model fits."""

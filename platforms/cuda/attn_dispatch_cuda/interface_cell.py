@@ -89,7 +89,7 @@ def passed(backend: PagedCudaBackend, case: Case, make: MakeStep, doors: Doors) 
     problem = make_problem(replace(case, spec=replace(case.spec, dtype="float32", kv_cache_dtype="float32")))
     spec = case.spec
     view = problem.batch.view(spec.kind)
-    paged = spec.kind != "encoder" or view.pages.exist
+    paged = spec.kind != "encoder" or view.side.has_blocks
     before = doors.entered
     step = make(view, paged)
     store = Store(backend.allocate(spec, problem.num_blocks, "cpu")) if paged else None

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 import attn_dispatch
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal
-from attn_dispatch.contract import AttentionMetadata, AttentionSpec, KVCache, LayerParameters
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Refusal
+from attn_dispatch.contract import AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.errors import ArrayError, CacheError
 
 from .machine import Machine
@@ -41,7 +41,7 @@ def plain_refusals(spec: AttentionSpec, vendor: str) -> list[Refusal]:
 class PagedCudaBackend(Backend):
     """A vendor's attention over a paged cache on an NVIDIA GPU."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",))
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), fixed_plans=True)
 
     def __init__(self, name: str, machine: Machine | None = None) -> None:
         super().__init__(name)
@@ -116,7 +116,7 @@ class PagedCudaBackend(Backend):
         cache.device = str(cache.key.device)
         return cache
 
-    def bits(self, array: torch.Tensor) -> torch.Tensor:
+    def indexable_view(self, array: torch.Tensor) -> torch.Tensor:
         """Return fp8 as its bytes: not every operation indexes fp8."""
         import torch
 
@@ -125,8 +125,8 @@ class PagedCudaBackend(Backend):
     def swap_blocks(self, cache: KVCache, other: KVCache, src: Any, dst: Any) -> None:
         """Copy blocks into another cache. Between a GPU and pinned memory nothing waits: neighbours go in one copy."""
         for name, array in cache.arrays.items():
-            axis, target = cache.layout.block_axis(name), self.bits(other.arrays_as("torch")[name])
-            source = self.bits(array)
+            axis, target = cache.layout.block_axis(name), self.indexable_view(other.arrays_as("torch")[name])
+            source = self.indexable_view(array)
             for first, to, count in neighbours(src, dst):
                 target.narrow(axis, to, count).copy_(source.narrow(axis, first, count), non_blocking=True)
 
@@ -134,7 +134,7 @@ class PagedCudaBackend(Backend):
         """Cut the batch for the vendor's kernels and bring it to the current GPU, in one copy."""
         plan = CudaPlan(spec=spec, view=metadata.view(spec.kind))
         if plan.num_tokens or plan.num_new:
-            self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
+            self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.side.has_blocks)
         return plan
 
     def fixed_plan(self, spec: AttentionSpec, metadata: AttentionMetadata, max_seq_len: int) -> CudaPlan:
@@ -149,7 +149,7 @@ class PagedCudaBackend(Backend):
             PlanError: the batch does not fit, or the layer's keys are not in a cache.
         """
         plan = CudaPlan(spec=spec, view=metadata.view(spec.kind), capacity=max_seq_len)
-        self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
+        self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.side.has_blocks)
         return plan
 
     def _step_on(self, plan: CudaPlan, device: torch.device, *, paged: bool) -> Step:
@@ -157,30 +157,21 @@ class PagedCudaBackend(Backend):
         plan.steps[device, paged] = step
         return step
 
-    def run(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: torch.Tensor | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def run(self, call: Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Write the new keys and values, then attend.
 
         Raises:
             ArrayError: arrays on different devices, or not on a GPU. Nothing has been written.
         """
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out, return_lse = call.cache, call.layer, call.out, call.return_lse
         from . import layer as layers
 
         assert isinstance(plan, CudaPlan)
         device = q.device
         store: Store | None = None
         if cache is not None:
-            store = cache.bound.get(self.name) or self._bind(cache)  # type: ignore[assignment]
+            store = cache.backend_state.get(self.name) or self._bind(cache)  # type: ignore[assignment]
             if store.device != device:  # type: ignore[union-attr]
                 raise ArrayError(
                     f"q is on {device}, the cache on {cache.device}: allocate(..., device={str(device)!r}), or move q"
@@ -194,13 +185,13 @@ class PagedCudaBackend(Backend):
         step = plan.steps.get((device, store is not None))
         if step is None:
             step = self._step_on(plan, device, paged=store is not None)
-        owned: Owned = layer.made((self.name, device), lambda: layers.owned(layer, device))
+        owned: Owned = layer.memoize((self.name, device), lambda: layers.owned(layer, device))
         return layers.run(self, step, q, k, v, store, owned, out, return_lse=return_lse)
 
     def _bind(self, cache: KVCache) -> Store:
         from .store import Store
 
-        store = cache.bound[self.name] = Store(cache)
+        store = cache.backend_state[self.name] = Store(cache)
         return store
 
 

@@ -52,4 +52,4 @@ class CudaPlan(Plan):
         for step, arrays in prepared:
             step.renew(arrays)
         self.view = view
-        self.highest_block = view.pages.highest_block
+        self.highest_block = view.side.highest_block

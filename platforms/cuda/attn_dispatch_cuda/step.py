@@ -79,7 +79,7 @@ class Step:
             arrays["idle"] = batch.idle
         writes = None
         if self.paged and self.spec.writes_kv:
-            writes = writes_of(view.pages.slot_mapping, self.spec.block_size, fixed=self.fixed)
+            writes = writes_of(view.side.slots, self.spec.block_size, fixed=self.fixed)
         if writes is not None:
             named = {"rows": writes.rows, "block": writes.block, "offset": writes.offset, "any_row": writes.any_row}
             arrays.update({name: array for name, array in named.items() if array is not None})

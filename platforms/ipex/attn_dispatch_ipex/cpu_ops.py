@@ -29,7 +29,7 @@ from attn_dispatch.contract.dtypes import FINITE_MAX
 from attn_dispatch.errors import ArrayError, CacheError
 from attn_dispatch_ipex.steps import OneTokenStep, Rows, Steps, VarlenStep, cut, direct_pages, route
 
-__all__ = ["CpuPlan", "bits", "run", "zeros"]
+__all__ = ["CpuPlan", "indexable_view", "run", "zeros"]
 
 _PAGED = ipex.llm.modules.PagedAttention
 _KERNEL, _FLASH_DECODING = "PAGED_ATTENTION_SINGLE_QUERY_KERNEL", "1"
@@ -49,7 +49,7 @@ def zeros(shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
     return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 
-def bits(array: Array) -> Array:
+def indexable_view(array: Array) -> Array:
     """Return a view that torch can index."""
     return array.view(torch.uint8) if array.dtype == _E5M2 else array
 
@@ -87,17 +87,17 @@ class CpuPlan(Plan):
         # (Dataclasses with slots are made anew: `super()` without arguments would look for the old class.)
         Plan.__post_init__(self)
         _pin_kernel()
-        spec, pages = self.spec, self.view.pages
-        if pages.writes and (pages.highest_block + 1) * spec.block_size > _SLOT_LIMIT:
+        spec, side = self.spec, self.view.side
+        if side.num_written and (side.highest_block + 1) * spec.block_size > _SLOT_LIMIT:
             raise CacheError(
-                f"block {pages.highest_block} of {spec.block_size} tokens: slots of {_SLOT_LIMIT} and more do not fit "
+                f"block {side.highest_block} of {spec.block_size} tokens: slots of {_SLOT_LIMIT} and more do not fit "
                 f"IPEX's 32-bit slots. Use blocks below {_SLOT_LIMIT // spec.block_size}"
             )
-        tables = pages.block_table
+        tables = side.table
         ops = route(spec, spec.block_size, spec.kv_cache_dtype)
-        reads = pages.exist or spec.kind != "encoder"
+        reads = side.has_blocks or spec.kind != "encoder"
         steps = cut(spec, self.view, tables, spec.block_size, ops) if reads else Steps(None, None, None)
-        self.paged = _prepare(steps, pages.slot_mapping, spec.block_size)
+        self.paged = _prepare(steps, side.slots, spec.block_size)
 
     @property
     def direct(self) -> _Prepared:
@@ -228,7 +228,7 @@ def _decode(plan: CpuPlan, step: _Step, q: Array, key: Array, value: Array, laye
     tables, lens = step.arrays
     slopes: Any = None
     if layer.alibi_slopes is not None:
-        slopes = layer.made(__name__, lambda: torch.tensor(layer.alibi_slopes))
+        slopes = layer.memoize(__name__, lambda: torch.tensor(layer.alibi_slopes))
     _PAGED.single_query_cached_kv_attention(
         out,
         q,

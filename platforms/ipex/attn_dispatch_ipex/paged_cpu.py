@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, ClassVar
 
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache, LayerParameters
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
 from attn_dispatch_ipex import availability
 from attn_dispatch_ipex.steps import PARTITION_TOKENS, route
 
@@ -94,28 +94,19 @@ class PagedCpuBackend(Backend):
         """Return a zeroed torch tensor on the CPU."""
         return self._ops.zeros(shape, dtype, device)
 
-    def bits(self, array: Array) -> Array:
+    def indexable_view(self, array: Array) -> Array:
         """Return fp8 as its bytes: torch does not index fp8."""
-        return self._ops.bits(array)
+        return self._ops.indexable_view(array)
 
     def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> Plan:
         """Cut the batch up for the two ops, and filter the slots that are not written."""
         plan: Plan = self._ops.CpuPlan(spec=spec, view=metadata.view(spec.kind))
         return plan
 
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    def run(self, call: Call) -> Array | tuple[Array, Array]:
         """Write the new keys and values, then attend; see `cpu_ops`."""
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out = call.cache, call.layer, call.out
         return self._ops.run(plan, q, k, v, cache, layer, out)
 
     @cached_property

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.backend import Backend, Plan, Refusal
+from attn_dispatch.backend import Backend, Call, Plan, Refusal
 from attn_dispatch.contract import (
     NHD,
     Array,
     AttentionMetadata,
     AttentionSpec,
     CacheLayout,
-    KVCache,
     LayerParameters,
 )
 from attn_dispatch.errors import CacheError
@@ -91,8 +90,8 @@ class XpuPlan(Plan):
 
     def __post_init__(self) -> None:
         Plan.__post_init__(self)
-        pages = self.view.pages
-        self.steps = cut(self.spec, self.view, pages.block_table, pages.block_size, Route(False, True))
+        side = self.view.side
+        self.steps = cut(self.spec, self.view, side.table, side.block_size, Route(False, True))
 
     @property
     def varlen(self) -> VarlenStep | None:
@@ -108,8 +107,8 @@ class XpuPlan(Plan):
 
     def _move(self, device: Any) -> OnDevice:
         torch = vendor.load("torch", "")
-        pages, step = self.view.pages, self.steps.varlen
-        written = np.flatnonzero(pages.slot_mapping >= 0)
+        side, step = self.view.side, self.steps.varlen
+        written = np.flatnonzero(side.slots >= 0)
 
         def moved(array: npt.NDArray[Any] | None) -> Any:
             return None if array is None else torch.from_numpy(array).to(device)
@@ -124,8 +123,8 @@ class XpuPlan(Plan):
             kv_start=moved(step.kv_start if step else None),
             lens=moved(step.lens if step else None),
             tables=moved(step.tables if step else None),
-            written=None if pages.writes_all else moved(written),
-            slots=moved(pages.slot_mapping[written]),
+            written=None if side.writes_all else moved(written),
+            slots=moved(side.slots[written]),
         )
 
 
@@ -160,19 +159,10 @@ class VarlenXpuBackend(Backend):
         """Leave out sequences that attend to nothing."""
         return XpuPlan(spec=spec, view=metadata.view(spec.kind))
 
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    def run(self, call: Call) -> Array | tuple[Array, Array]:
         """Write the new keys and values, then attend."""
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out = call.cache, call.layer, call.out
         assert isinstance(plan, XpuPlan)
         assert cache is not None
         vendor.load(self.module, self.remedy)

@@ -85,7 +85,7 @@ class VllmXpuBackend(VarlenXpuBackend):
         sinks = None
         if layer.sinks is not None:
             host = layer.sinks
-            sinks = layer.made((self.name, str(q.device)), lambda: q.new_tensor(host.tolist()))
+            sinks = layer.memoize((self.name, str(q.device)), lambda: q.new_tensor(host.tolist()))
         return {
             "q": q,
             "k": key,

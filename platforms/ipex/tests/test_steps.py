@@ -32,7 +32,7 @@ BATCH = ad.AttentionMetadata.build(
 
 def test_decodes_and_prefills_are_told_apart() -> None:
     view = BATCH.view("decoder")
-    steps = cut(spec(), view, view.pages.block_table, 4, BOTH)
+    steps = cut(spec(), view, view.side.table, 4, BOTH)
     assert steps.one_token is not None
     assert steps.varlen is not None
     assert rows(steps.one_token.rows) == [0, 6]
@@ -47,7 +47,7 @@ def test_decodes_and_prefills_are_told_apart() -> None:
 
 def test_without_the_decode_op() -> None:
     view = BATCH.view("decoder")
-    steps = cut(spec(), view, view.pages.block_table, 4, ONLY_MANY)
+    steps = cut(spec(), view, view.side.table, 4, ONLY_MANY)
     assert steps.one_token is None
     assert steps.varlen is not None
     assert rows(steps.varlen.rows) == [0, 1, 2, 3, 6]
@@ -57,7 +57,7 @@ def test_without_the_decode_op() -> None:
 
 def test_without_the_prefill_op_each_token_sees_what_is_before_it() -> None:
     view = BATCH.view("decoder")
-    steps = cut(spec(alibi=True), view, view.pages.block_table, 4, ONLY_ONE)
+    steps = cut(spec(alibi=True), view, view.side.table, 4, ONLY_ONE)
     assert steps.varlen is None
     assert steps.one_token is not None
     assert rows(steps.one_token.rows) == [0, 1, 2, 3, 6]
@@ -71,7 +71,7 @@ def test_windows_leave_blocks_out_and_never_a_partition(window: int) -> None:
     for length in range(1, 200, 3):
         batch = ad.AttentionMetadata.build([1], [length], table, 4)
         view = batch.view("decoder")
-        step = cut(spec(window=(window - 1, 0)), view, view.pages.block_table, 4, BOTH).one_token
+        step = cut(spec(window=(window - 1, 0)), view, view.side.table, 4, BOTH).one_token
         assert step is not None
         seen = [table[0, t // 4] * 4 + t % 4 for t in range(max(0, length - window), length)]
         kept = [b * 4 + i for b in step.tables[0] for i in range(4)][: step.longest]
@@ -82,7 +82,7 @@ def test_windows_leave_blocks_out_and_never_a_partition(window: int) -> None:
 def test_no_tokens() -> None:
     batch = ad.AttentionMetadata.build([], [], [], 4)
     view = batch.view("decoder")
-    steps = cut(spec(), view, view.pages.block_table, 4, BOTH)
+    steps = cut(spec(), view, view.side.table, 4, BOTH)
     assert (steps.one_token, steps.varlen, steps.idle) == (None, None, None)
 
 
@@ -90,7 +90,7 @@ def test_what_the_kernels_get_is_int32_and_contiguous() -> None:
     wide = np.asfortranarray(np.arange(40, dtype=np.int64).reshape(4, 10))[:, ::2]
     batch = ad.AttentionMetadata.build([1, 3, 1, 4], [9, 9, 20, 12], wide, 4)
     view = batch.view("decoder")
-    steps = cut(spec(), view, view.pages.block_table, 4, BOTH)
+    steps = cut(spec(), view, view.side.table, 4, BOTH)
     for step in (steps.one_token, steps.varlen):
         assert step is not None
         for array in (step.tables, step.lens):

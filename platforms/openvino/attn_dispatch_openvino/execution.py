@@ -85,7 +85,7 @@ class _OwnPages(threading.local):
 
 
 class Executor:
-    """What a backend keeps while it computes: routes, each thread's frames, each cache's requests (in `cache.bound`).
+    """What a backend keeps while it computes: routes, each thread's frames, each cache's requests (`backend_state`).
 
     Args:
         backend: whose caches and name they are.
@@ -121,9 +121,9 @@ class Executor:
                 work = plan.work = self._work(plan, plan.spec, plan.step, plan.op_writes)
             else:
                 work = plan.work = self._nothing
-        if not plan.op_writes and k is not None and plan.view.pages.writes:
+        if not plan.op_writes and k is not None and plan.view.side.num_written:
             with self._binding(cache).lock:
-                _write(cache, as_numpy(k), as_numpy(v), plan.view.pages.slot_mapping)
+                _write(cache, as_numpy(k), as_numpy(v), plan.view.side.slots)
         if work is self._nothing:
             return _zeros(plan, q, out)
         return self._attend(work, q, k, v, cache, layer, out)
@@ -138,7 +138,7 @@ class Executor:
         for name, tensor in tensors.items():
             cache.arrays[name] = tensor.data
             cache.arrays[name][...] = 0
-        cache.bound[self._name] = Binding((tensors["key"], tensors["value"]), self._cleared(cache))
+        cache.backend_state[self._name] = Binding((tensors["key"], tensors["value"]), self._cleared(cache))
 
     def _run_without_cache(
         self, plan: PagedPlan, q: Array, k: Array | None, v: Array | None, layer: LayerParameters, out: Array | None
@@ -203,7 +203,7 @@ class Executor:
         layer: LayerParameters,
         out: Array | None,
     ) -> Array:
-        binding: Any = cache.bound.get(self._name)
+        binding: Any = cache.backend_state.get(self._name)
         if binding is None:
             binding = self._binding(cache)
         request = binding.requests.get((work.route, layer))
@@ -257,14 +257,14 @@ class Executor:
         return frame
 
     def _binding(self, cache: KVCache) -> Binding:
-        found = cache.bound.get(self._name)
+        found = cache.backend_state.get(self._name)
         if isinstance(found, Binding):
             return found
         if device_name() != "CPU":
             raise CacheError(
                 f"{cache!r} is not in memory that the GPU shares: allocate it with ATTN_DISPATCH_OPENVINO_DEVICE set"
             )
-        binding = cache.bound.setdefault(self._name, Binding(cache_tensors(cache), self._cleared(cache)))
+        binding = cache.backend_state.setdefault(self._name, Binding(cache_tensors(cache), self._cleared(cache)))
         assert isinstance(binding, Binding)
         return binding
 

@@ -19,9 +19,9 @@ from attn_dispatch import (
     Availability,
     Backend,
     CacheLayout,
+    Call,
     Capabilities,
     KVCache,
-    LayerParameters,
     Plan,
     Verdict,
 )
@@ -160,19 +160,10 @@ class PagedBackend(Backend):
             raise BackendRefusedError(f"{self.name}: {refused}")
         return self._plan(spec, metadata, masks)
 
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array | tuple[Array, Array]:
+    def run(self, call: Call) -> Array | tuple[Array, Array]:
         """Write and attend; see `Executor.run`."""
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out = call.cache, call.layer, call.out
         executor = self._executor
         if executor is None:
             executor = self._execute()
@@ -199,9 +190,9 @@ class PagedBackend(Backend):
         self, spec: AttentionSpec, metadata: AttentionMetadata, masks: Sequence[npt.NDArray[np.bool_] | None] | None
     ) -> PagedPlan:
         release, view = self._release(), metadata.view(spec.kind)
-        cross = spec.kind == "cross"
+        cross = spec.sees_every_key
         step = None
-        if view.pages.exist:
+        if view.side.has_blocks:
             # Without token types, a row that is given alone is the only one that sees all keys.
             step = paged_step(
                 view,
@@ -224,6 +215,6 @@ class PagedBackend(Backend):
             op_writes=step is not None
             and spec.writes_kv
             and not (cross or step.parted)
-            and view.pages.writes == step.num_rows,
+            and view.side.num_written == step.num_rows,
             tree=tree,
         )

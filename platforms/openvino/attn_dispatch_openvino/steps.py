@@ -53,7 +53,7 @@ class Step:
         lens = np.diff(self.begins)
         owners = np.arange(view.num_seqs) if self.sequences is None else self.sequences
         position = np.arange(self.num_rows) - np.repeat(self.begins[:-1] - self.past_lens, lens)
-        blocks = view.pages.block_table[np.repeat(owners, lens), position // block_size].astype(np.int64)
+        blocks = view.side.table[np.repeat(owners, lens), position // block_size].astype(np.int64)
         slots: I64 = blocks * block_size + position % block_size
         return slots
 
@@ -72,7 +72,7 @@ def paged_step(
             last tokens, in order, so that no more than it has keys can share it; 1 makes every row the last token.
         clears_tails: see `_tails`.
     """
-    block_size, pages = view.pages.block_size, view.pages
+    block_size, side = view.side.block_size, view.side
     taken = (view.query_lens > 0) & (view.kv_lens > 0)
     sequences = np.flatnonzero(taken)
     if not len(sequences):
@@ -81,21 +81,21 @@ def paged_step(
     limit = np.minimum(n, keys if rows_at_once is None else rows_at_once)
     tails: Tails = ()
     if clears_tails:
-        tails, in_danger = _tails(keys, limit, pages.block_table[sequences], block_size)
+        tails, in_danger = _tails(keys, limit, side.table[sequences], block_size)
         if in_danger is not None:
             limit = np.where(in_danger, 1, limit)
     rows = _rows(view, taken)
     if (limit == n).all():
         whole = len(sequences) == view.num_seqs
         begins = view.query_start_loc if rows is None and whole else _offsets(n)
-        table = pages.block_table if whole else pages.block_table[sequences]
+        table = side.table if whole else side.table[sequences]
         return _step(keys - n, begins, -(-keys // block_size), table, rows, None if whole else sequences, tails)
     parts = -(-n // limit)
     owners = np.repeat(np.arange(len(sequences)), parts)
     first = (np.arange(len(owners)) - np.repeat(np.cumsum(parts) - parts, parts)) * limit[owners]
     lens = np.minimum(limit[owners], n[owners] - first)
     seen = keys[owners] - (n[owners] - first - lens) if causal else keys[owners]
-    table = pages.block_table[sequences[owners]]
+    table = side.table[sequences[owners]]
     step = _step(seen - lens, _offsets(lens), -(-seen // block_size), table, rows, sequences[owners], tails)
     step.parted = True
     return step

@@ -97,7 +97,7 @@ def _masks(spec: AttentionSpec, release: Release) -> Iterator[Refusal]:
         yield Refusal("window", spec.window, "with a window the op drops ALiBi", _OTHER)
     if not spec.causal and spec.has_window:
         yield Refusal("window", spec.window, "windows are for causal layers: the op would ignore it", _OTHER)
-    if not (spec.causal or spec.kind == "cross" or release.token_types):
+    if not (spec.causal or spec.sees_every_key or release.token_types):
         yield Refusal("causal", False, "this release ignores token types, which make tokens see ahead", _NEWER)
     if not spec.causal and spec.alibi:
         accepts = "the op's bias has a sign: tokens ahead would be favoured"

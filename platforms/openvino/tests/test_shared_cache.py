@@ -62,7 +62,7 @@ def test_each_reads_what_the_other_wrote(layer: Callable[..., Any], spec: str, f
     floor = OUTPUT_FLOOR[it.spec.dtype]
     np.testing.assert_allclose(found.astype(np.float64), expected.astype(np.float64), atol=2 * floor, rtol=2 * floor)
     # What the first one had written is as it was, and the second has put its own beside it: bit for bit.
-    new = step.view("decoder").pages.slot_mapping
+    new = step.view("decoder").side.slots
     block, offset = np.divmod(new, it.spec.block_size)
     for before, after, rows in zip(stored, cache.gather(range(9)), (k, v), strict=True):
         before[block, :, offset] = rows.astype(before.dtype)

@@ -86,7 +86,7 @@ def cut(view: BatchView, spec: AttentionSpec, *, paged: bool, tile: int = 1) -> 
         lens = np.where(seen == 0, queries, seen).astype(np.int32)
         reach = -(-lens // np.int32(tile)) * np.int32(tile)
         width = max(int((-(-reach // np.int32(spec.block_size))).max(initial=0)), 1)
-        tables = view.pages.block_table[live][:, :width]
+        tables = view.side.table[live][:, :width]
         tables = np.pad(tables, ((0, 0), (0, width - tables.shape[1])))
     else:
         lens, tables = np.maximum(seen, 1), np.zeros((len(seen), 0), np.int32)

@@ -74,7 +74,7 @@ def prepared(backend: Any, case: Case) -> tuple[Step, Owned, tuple[torch.Tensor,
     problem = make_problem(replace(case, spec=replace(case.spec, dtype="float32", kv_cache_dtype="float32")))
     spec = case.spec
     view = problem.batch.view(spec.kind)
-    paged = spec.kind != "encoder" or view.pages.exist
+    paged = spec.kind != "encoder" or view.side.has_blocks
     step = backend.step(spec, RocmPlan(spec=spec, view=view), _HOST, paged=paged)
     own = owned(LayerParameters(spec, **problem.parameters), _HOST)
     rows, stored = getattr(torch, spec.dtype), getattr(torch, spec.kv_cache_dtype)

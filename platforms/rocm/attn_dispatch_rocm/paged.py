@@ -10,8 +10,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import attn_dispatch
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Refusal, Verdict
-from attn_dispatch.contract import NHD, AttentionMetadata, AttentionSpec, CacheLayout, KVCache, LayerParameters
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Refusal, Verdict
+from attn_dispatch.contract import NHD, AttentionMetadata, AttentionSpec, CacheLayout, KVCache
 from attn_dispatch.errors import ArrayError, CacheError
 
 from . import layouts
@@ -108,7 +108,7 @@ class PagedRocmBackend(Backend):
         cache.device = str(cache.key.device)
         return cache
 
-    def bits(self, array: torch.Tensor) -> torch.Tensor:
+    def indexable_view(self, array: torch.Tensor) -> torch.Tensor:
         """Return fp8 as its bytes: not every operation indexes fp8."""
         import torch
 
@@ -120,30 +120,21 @@ class PagedRocmBackend(Backend):
 
         plan = RocmPlan(spec=spec, view=metadata.view(spec.kind))
         if plan.num_tokens or plan.num_new:
-            self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.pages.exist)
+            self._step_on(plan, self.default_device(), paged=spec.kind != "encoder" or plan.view.side.has_blocks)
         return plan
 
     def _step_on(self, plan: RocmPlan, device: torch.device, *, paged: bool) -> Step:
         step = plan.steps[device, paged] = self.step(plan.spec, plan, device, paged=paged)
         return step
 
-    def run(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: torch.Tensor | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def run(self, call: Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Write the new keys and values, then attend.
 
         Raises:
             ArrayError: arrays on different devices, or not on a GPU. Nothing has been written.
         """
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out, return_lse = call.cache, call.layer, call.out, call.return_lse
         from . import layer as layers
         from .step import RocmPlan
 
@@ -151,7 +142,7 @@ class PagedRocmBackend(Backend):
         device = q.device
         store: Store | None = None
         if cache is not None:
-            store = cache.bound.get(self.name) or self._bind(cache)  # type: ignore[assignment]
+            store = cache.backend_state.get(self.name) or self._bind(cache)  # type: ignore[assignment]
             if store.device != device:  # type: ignore[union-attr]
                 raise ArrayError(
                     f"q is on {device}, the cache on {cache.device}: allocate(..., device={str(device)!r}), or move q"
@@ -166,11 +157,11 @@ class PagedRocmBackend(Backend):
         step = plan.steps.get((device, store is not None))
         if step is None:
             step = self._step_on(plan, device, paged=store is not None)
-        owned: Owned = layer.made((self.name, device), lambda: layers.owned(layer, device))
+        owned: Owned = layer.memoize((self.name, device), lambda: layers.owned(layer, device))
         return layers.run(step, q, k, v, store, owned, out, return_lse=return_lse)
 
     def _bind(self, cache: KVCache) -> Store:
         from .store import Store
 
-        store = cache.bound[self.name] = Store(cache)
+        store = cache.backend_state[self.name] = Store(cache)
         return store

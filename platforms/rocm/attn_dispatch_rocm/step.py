@@ -64,7 +64,7 @@ class Step:
         tile: int = 1,
     ) -> None:
         self.spec, self.device, self.paged = spec, device, paged
-        self.slots = (view.pages.highest_block + 1) * spec.block_size
+        self.slots = (view.side.highest_block + 1) * spec.block_size
         self.batch = batch = cut(view, spec, paged=paged, tile=tile)
         self.call = choose(batch)
         self.scratch: dict[str, torch.Tensor] = {}
@@ -78,7 +78,7 @@ class Step:
             arrays["idle"] = batch.idle
         if self.call.spare is not None:
             arrays["places"] = token_list(batch, spec, paged=paged, spare=self.call.spare)
-        writes = writes_of(view.pages.slot_mapping, spec.block_size) if paged and spec.writes_kv else None
+        writes = writes_of(view.side.slots, spec.block_size) if paged and spec.writes_kv else None
         if writes is not None:
             arrays |= {"block": writes.block, "offset": writes.offset}
             if writes.rows is not None:

@@ -114,14 +114,14 @@ def group(
     """
     lens, new = view.kv_lens.astype(np.int64), view.query_lens.astype(np.int64)
     alive = (lens > 0) & (new > 0)
-    few = alive & (new <= FEW_TOKENS) if view.pages.exist else np.zeros(len(lens), np.bool_)
+    few = alive & (new <= FEW_TOKENS) if view.side.has_blocks else np.zeros(len(lens), np.bool_)
     folds: list[Fold] = []
     if few.any():
         for n in np.unique(new[few]).tolist():
             folds += _folds(spec, view, np.flatnonzero(few & (new == n)), n, limits)
     whole = _written_whole(view) if fresh else np.zeros(len(lens), np.bool_)
     longs = [
-        _long(spec, view, int(s), per_head=per_head, square=square, direct=not view.pages.exist or bool(whole[s]))
+        _long(spec, view, int(s), per_head=per_head, square=square, direct=not view.side.has_blocks or bool(whole[s]))
         for s in np.flatnonzero(alive & ~few)
     ]
     return folds, longs
@@ -142,7 +142,7 @@ def visible(
 
 
 def _folds(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], n: int, limits: Limits) -> list[Fold]:
-    size, left = view.pages.block_size, spec.window[0]
+    size, left = view.side.block_size, spec.window[0]
     lens = view.kv_lens[members].astype(np.int64)
     first = np.maximum(lens - n - left, 0) // size if left >= 0 else np.zeros_like(lens)
     used = -(-lens // size) - first
@@ -168,7 +168,7 @@ def _folds(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], 
 
 
 def _fold(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], first: I64, used: I64, n: int) -> Fold:
-    size, tables = view.pages.block_size, view.pages.block_table
+    size, tables = view.side.block_size, view.side.table
     column = np.arange(int(used.max()))
     at = first[:, None] + np.where(column < used[:, None], column, 0)
     starts = view.query_start_loc[members].astype(np.int64)
@@ -193,8 +193,8 @@ def _written_whole(view: BatchView) -> npt.NDArray[np.bool_]:
     """Return which sequences have all of their tokens in this step, none of them with slot -1."""
     new = np.diff(view.new_start_loc)
     whole: npt.NDArray[np.bool_] = (new == view.kv_lens) & (new > 0)
-    if not view.pages.writes_all:
-        missing = np.concatenate([[0], np.cumsum(view.pages.slot_mapping < 0)])
+    if not view.side.writes_all:
+        missing = np.concatenate([[0], np.cumsum(view.side.slots < 0)])
         whole &= missing[view.new_start_loc[1:]] == missing[view.new_start_loc[:-1]]
     return whole
 
@@ -209,16 +209,16 @@ def _long(spec: AttentionSpec, view: BatchView, s: int, *, per_head: bool, squar
     left, right = (-1 if reach >= length - 1 else reach for reach in (left, right))
     first = 0
     if left >= 0 and not direct:
-        first = max(before - left, 0) // view.pages.block_size * view.pages.block_size
+        first = max(before - left, 0) // view.side.block_size * view.side.block_size
     tiles = tuple(
         tile._replace(low=tile.low - first, high=tile.high - first, anchor=tile.anchor - first)
         for tile in _tiles(n, before, length, left, right, spec.num_heads if per_head else 1, square and not per_head)
     )
     table = None
     if not direct:
-        size = view.pages.block_size
+        size = view.side.block_size
         last = max(tile.high for tile in tiles) + first
-        table = view.pages.block_table[s, first // size : -(-last // size)].astype(np.int64)
+        table = view.side.table[s, first // size : -(-last // size)].astype(np.int64)
     return Long(slice(start, stop), table, slice(*view.new_start_loc[s : s + 2].tolist()), tiles)
 
 

@@ -105,42 +105,27 @@ def _plan(spec: AttentionSpec, make: Callable[..., BatchView], *batch: torch.Ten
 def _paged_view(
     spec: AttentionSpec, query_start_loc: Any, seq_lens: Any, block_table: Any, slot_mapping: Any, key_start_loc: Any
 ) -> BatchView:
-    if key_start_loc is None:
-        return AttentionMetadata(
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            block_table=block_table,
-            slot_mapping=slot_mapping,
-            block_size=spec.block_size,
-        ).view("decoder")
-    return _encoder_batch(query_start_loc, spec.block_size, key_start_loc, seq_lens, block_table, slot_mapping).view(
-        "cross"
-    )
+    return AttentionMetadata(
+        query_start_loc=query_start_loc,
+        seq_lens=seq_lens,
+        block_table=block_table,
+        slot_mapping=slot_mapping,
+        block_size=spec.block_size,
+        new_start_loc=key_start_loc,
+    ).view("decoder")
 
 
 def _ragged_view(spec: AttentionSpec, query_start_loc: Any, key_start_loc: Any) -> BatchView:
     start = query_start_loc if key_start_loc is None else key_start_loc
-    lens = np.diff(start).astype(np.int32)
-    nowhere = np.zeros((len(lens), 0), np.int32), np.full(int(start[-1]) if len(start) else 0, -1, np.int64)
-    return _encoder_batch(query_start_loc, spec.block_size, start, lens, *nowhere).view("cross")
-
-
-def _encoder_batch(
-    query_start_loc: Any, block_size: int, start: Any, lens: Any, table: Any, slots: Any
-) -> AttentionMetadata:
-    """Return a batch whose own tokens lie in no cache: q asks, and what is asked is the encoder's."""
-    own = np.diff(query_start_loc).astype(np.int32)
+    num_seqs = max(len(start) - 1, 0)
     return AttentionMetadata(
         query_start_loc=query_start_loc,
-        seq_lens=own,
-        block_table=np.zeros((len(own), 0), np.int32),
-        slot_mapping=np.full(int(query_start_loc[-1]) if len(query_start_loc) else 0, -1, np.int64),
-        block_size=block_size,
-        encoder_start_loc=start,
-        encoder_seq_lens=lens,
-        encoder_block_table=table,
-        encoder_slot_mapping=slots,
-    )
+        seq_lens=np.diff(start).astype(np.int32),
+        block_table=np.zeros((num_seqs, 0), np.int32),
+        slot_mapping=np.full(int(start[-1]) if num_seqs else 0, -1, np.int64),
+        block_size=spec.block_size,
+        new_start_loc=key_start_loc,
+    ).view("decoder")
 
 
 def _paged(
@@ -185,7 +170,7 @@ def _paged(
     )
     plan = _plan(spec, _paged_view, query_start_loc, seq_lens, block_table, slot_mapping, key_start_loc)
     _check(plan, q, k, v, key_cache, value_cache)
-    plan.view.pages.check_fits(key_cache.shape[0])
+    plan.view.side.check_fits(key_cache.shape[0])
     owned = _owned(spec, alibi_slopes, sinks, k_scale, v_scale, q.device)
     step = step_on(plan, q.device, lse)
     return attend(step, q, k, v, Store(key_cache, value_cache), owned, return_lse=lse)

@@ -16,10 +16,10 @@ from attn_dispatch import (
     AttentionSpec,
     Availability,
     Backend,
+    Call,
     Capabilities,
     KVCache,
     LayerParameters,
-    Plan,
     Refusal,
     Verdict,
     platform,
@@ -81,7 +81,7 @@ class SdpaBackend(Backend):
         cache.device = str(cache.key.device)
         return cache
 
-    def bits(self, array: torch.Tensor) -> torch.Tensor:
+    def indexable_view(self, array: torch.Tensor) -> torch.Tensor:
         """Return fp8 as its bytes: not every device can index fp8."""
         import torch
 
@@ -94,28 +94,19 @@ class SdpaBackend(Backend):
             self._step_on(plan, _default_device(), spec.returns_lse)
         return plan
 
-    def run(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: torch.Tensor | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def run(self, call: Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Write, gather and attend; see `attend.attend`.
 
         Raises:
             ArrayError: arrays on different devices. Nothing has been written.
         """
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out, return_lse = call.cache, call.layer, call.out, call.return_lse
         assert isinstance(plan, SdpaPlan)
         device = q.device
         store: Store | None = None
         if cache is not None:
-            store = cache.bound.get(self.name) or self._bind(cache)  # type: ignore[assignment]
+            store = cache.backend_state.get(self.name) or self._bind(cache)  # type: ignore[assignment]
             if store.device != device:  # type: ignore[union-attr]
                 raise ArrayError(
                     f"q is on {device}, the cache on {cache.device}: allocate(..., device={str(device)!r}), or move q"
@@ -130,7 +121,7 @@ class SdpaBackend(Backend):
         step = plan.steps.get((device, return_lse))
         if step is None:
             step = self._step_on(plan, device, return_lse)
-        owned = layer.made((self.name, device), lambda: _owned(layer, device))
+        owned = layer.memoize((self.name, device), lambda: _owned(layer, device))
         return self._attend(step, q, k, v, store, owned, out, return_lse=return_lse)
 
     @cached_property
@@ -149,7 +140,7 @@ class SdpaBackend(Backend):
         from .store import Store
 
         arrays = cache.arrays_as("torch")
-        store = cache.bound[self.name] = Store(arrays["key"], arrays["value"])
+        store = cache.backend_state[self.name] = Store(arrays["key"], arrays["value"])
         return store
 
 

@@ -184,21 +184,21 @@ def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 def _writes(
     spec: AttentionSpec, view: BatchView, device: torch.device
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    pages = view.pages
-    if not pages.writes or not spec.writes_kv:
+    side = view.side
+    if not side.num_written or not spec.writes_kv:
         return None, None
-    slots, used = pages.slot_mapping, None
-    if not pages.writes_all:
+    slots, used = side.slots, None
+    if not side.writes_all:
         used = np.flatnonzero(slots >= 0)
         slots = slots[used]
-    block, offset = np.divmod(slots, pages.block_size)
+    block, offset = np.divmod(slots, side.block_size)
     heads = np.arange(spec.num_kv_heads)
-    rows = (block[:, None] * spec.num_kv_heads + heads) * pages.block_size + offset[:, None]
+    rows = (block[:, None] * spec.num_kv_heads + heads) * side.block_size + offset[:, None]
     return _to(rows.ravel(), device), None if used is None else _to(used, device)
 
 
 def _fold_step(spec: AttentionSpec, view: BatchView, fold: Fold, device: torch.device, additive: bool) -> FoldStep:
-    heads, size, tokens = spec.num_kv_heads, len(fold.ends), view.pages.block_size
+    heads, size, tokens = spec.num_kv_heads, len(fold.ends), view.side.block_size
     index = fold.table[:, None, :] * heads + np.arange(heads)[:, None]
     merged = fold.queries == 1 and not spec.alibi
     mask = distance = blank = None

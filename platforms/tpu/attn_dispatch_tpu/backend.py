@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 import attn_dispatch as ad
-from attn_dispatch.backend import Availability, Backend, Capabilities, Plan, Verdict
+from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Verdict
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, CacheLayout, KVCache, LayerParameters
 from attn_dispatch.contract.arrays import library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
@@ -164,24 +164,15 @@ class PallasBackend(Backend):
         options = step_options(kernel, spec, batch.shape, str(simulator.mode()) if simulated else "")
         return PallasPlan(spec=spec, view=view, options=options, batch=jnp.asarray(batch.integers))
 
-    def run(
-        self,
-        plan: Plan,
-        q: Array,
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: Array | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> Array:
+    def run(self, call: Call) -> Array:
         """Write and attend in one computation, which is given the cache's pages and returns their next version.
 
         Raises:
             ArrayError: `out` is a JAX array; q is being traced by `jax.jit` (see `step`).
             CacheError: the cache is not one of JAX's, or its pages are gone.
         """
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out = call.cache, call.layer, call.out
         from . import exchange
 
         assert isinstance(plan, PallasPlan)
@@ -223,7 +214,7 @@ class PallasBackend(Backend):
             return q.new_zeros((0, plan.spec.num_heads, plan.spec.value_head_size)) if out is None else out
         size = options.batch.tokens
         q = exchange.with_rows(q, size)
-        if not plan.view.pages.writes or k is None or v is None:
+        if not plan.view.side.num_written or k is None or v is None:
             k = v = None
         else:
             k, v = exchange.with_rows(k, size), exchange.with_rows(v, size)
@@ -260,7 +251,7 @@ class PallasBackend(Backend):
         spec, options, rows = plan.spec, plan.options, plan.num_tokens
         if options is None:
             return jnp.zeros((0, spec.num_heads, spec.value_head_size), q.dtype), pages
-        numbers = layer.made((self.name, "numbers"), lambda: _numbers(layer, spec.num_heads))
+        numbers = layer.memoize((self.name, "numbers"), lambda: _numbers(layer, spec.num_heads))
         size = options.batch.tokens
         padded = [None if x is None else exchange.with_rows(x, size) for x in (q, k, v)]
         how = {"options": options, "scaled": layer.scaled}

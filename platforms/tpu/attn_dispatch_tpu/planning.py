@@ -88,7 +88,7 @@ def pack(spec: AttentionSpec, view: BatchView, *, fused: bool, token_floor: int)
     total, rows = view.num_tokens, _rows(view, chosen)
     permutes = not np.array_equal(rows, np.arange(len(rows)))
     query_lens, kv_lens = lens[chosen], view.kv_lens[chosen]
-    writes_last = fused and spec.writes_kv and view.pages.writes == len(rows)
+    writes_last = fused and spec.writes_kv and view.side.num_written == len(rows)
     tokens = bucket(max(total, 1), token_floor, 512)
     sequences = bucket(max(len(chosen), 1), 8, 256)
     longest = int(kv_lens.max(initial=1))
@@ -103,12 +103,12 @@ def pack(spec: AttentionSpec, view: BatchView, *, fused: bool, token_floor: int)
         tokens, sequences, pages_per_seq, bool(empty.any()), permutes, writes_last, fused and not writes_last
     )
     table = np.zeros((sequences, pages_per_seq), np.int32)
-    width = min(view.pages.block_table.shape[1], pages_per_seq)
-    table[: len(chosen), :width] = view.pages.block_table[chosen, :width]
+    width = min(view.side.table.shape[1], pages_per_seq)
+    table[: len(chosen), :width] = view.side.table[chosen, :width]
     starts = np.full(sequences + 1, len(rows), np.int32)
     starts[0] = 0
     starts[1 : len(chosen) + 1] = np.cumsum(query_lens)
-    used = view.pages.slot_mapping
+    used = view.side.slots
     made: dict[str, npt.NDArray[np.integer]] = {
         "slots": _filled(tokens, NOWHERE, np.where(used < 0, NOWHERE, used)),
         "lengths": _filled(sequences, 0, kv_lens),

@@ -128,7 +128,7 @@ class Step:
     def renew(self, view: BatchView) -> None:
         """Bring a batch of the same shape into this step's buffers; what tiles are made of stays as it is."""
         arrays = [*_of_batch(view, self.table.shape[1]), *self.packed.arrays[4:]]
-        self.packed.renew(arrays, None if self.slots is None else view.pages.slot_mapping)
+        self.packed.renew(arrays, None if self.slots is None else view.side.slots)
 
 
 @memoised
@@ -180,12 +180,12 @@ def step_on(
     if len(prefilled):
         tiles = prefill_tiles(target, *sizes)
         parts.append((tiles_of(prefilled, view, spec.group_size, tiles.rows), tiles, 1))
-    width = view.pages.block_table.shape[1] if capacity is None else -(-capacity // spec.block_size)
+    width = view.side.table.shape[1] if capacity is None else -(-capacity // spec.block_size)
     arrays = _of_batch(view, width)
     arrays += [array for work, _, _ in parts for array in (work.sequence, work.row)]
     # What a renewed step writes is not known: a slot of -1 is not written.
-    writes = paged and spec.writes_kv and (view.pages.writes > 0 or (capacity is not None and view.num_new > 0))
-    packed = Packed(arrays, view.pages.slot_mapping if writes else None, device)
+    writes = paged and spec.writes_kv and (view.side.num_written > 0 or (capacity is not None and view.num_new > 0))
+    packed = Packed(arrays, view.side.slots if writes else None, device)
     there = packed.tensors
     launches = tuple(
         Launch(
@@ -206,7 +206,7 @@ def step_on(
 
 
 def _of_batch(view: BatchView, width: int) -> list[I32]:
-    table = view.pages.block_table
+    table = view.side.table
     if table.shape[1] > width:
         table = table[:, :width]  # longer than any sequence
     elif table.shape[1] < width:

@@ -22,9 +22,9 @@ from attn_dispatch import (
     AttentionSpec,
     Availability,
     Backend,
+    Call,
     Capabilities,
     KVCache,
-    LayerParameters,
     Plan,
     Refusal,
     Verdict,
@@ -82,13 +82,13 @@ class PagedPlan(Plan):
         fits_into(self.view, view, self.capacity)
         for step in self.steps.values():
             step.renew(view)
-        self.view, self.highest_block = view, view.pages.highest_block
+        self.view, self.highest_block = view, view.side.highest_block
 
 
 class PagedBackend(Backend):
     """Paged attention in Triton: what a GPU runs where nothing of its vendor's is installed."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), nan_safe=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), nan_safe=True, fixed_plans=True)
 
     def probe(self) -> Availability:
         """Look for torch, Triton and a GPU that torch was built for; on a CPU, for Triton's interpreter variable."""
@@ -142,7 +142,7 @@ class PagedBackend(Backend):
         cache.device = str(cache.key.device)
         return cache
 
-    def bits(self, array: torch.Tensor) -> torch.Tensor:
+    def indexable_view(self, array: torch.Tensor) -> torch.Tensor:
         """Return fp8 as its bytes: not every device can index fp8."""
         import torch
 
@@ -153,7 +153,7 @@ class PagedBackend(Backend):
         from .launch import step_on
 
         plan = PagedPlan(spec=spec, view=metadata.view(spec.kind))
-        device, paged = _default_device(), spec.kind != "encoder" or plan.view.pages.exist
+        device, paged = _default_device(), spec.kind != "encoder" or plan.view.side.has_blocks
         plan.steps[device, paged] = step_on(spec, plan.view, device, paged)
         return plan
 
@@ -171,39 +171,30 @@ class PagedBackend(Backend):
         from .launch import step_on
 
         plan = PagedPlan(spec=spec, view=metadata.view(spec.kind), capacity=max_seq_len)
-        if not plan.view.pages.exist:
+        if not plan.view.side.has_blocks:
             raise PlanError("a fixed plan is for layers with a cache: the keys of this one are the batch's own")
         fits_into(plan.view, plan.view, max_seq_len)
         device = _default_device()
         plan.steps[device, True] = step_on(spec, plan.view, device, True, max_seq_len)
         return plan
 
-    def run(
-        self,
-        plan: Plan,
-        q: torch.Tensor,
-        k: torch.Tensor | None,
-        v: torch.Tensor | None,
-        cache: KVCache | None,
-        layer: LayerParameters,
-        out: torch.Tensor | None = None,
-        *,
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def run(self, call: Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Write the new keys and values, then attend.
 
         Raises:
             ArrayError: arrays on different devices, or where Triton has none. Nothing has been written.
         """
+        plan, q, k, v = call.plan, call.q, call.k, call.v
+        cache, layer, out, return_lse = call.cache, call.layer, call.out, call.return_lse
         from . import launch
 
         assert isinstance(plan, PagedPlan)
         device = q.device
         store: Store | None = None
         if cache is not None:
-            bound = cache.bound.get(self.name)
+            bound = cache.backend_state.get(self.name)
             if bound is None:
-                bound = cache.bound[self.name] = launch.Store(cache)
+                bound = cache.backend_state[self.name] = launch.Store(cache)
             assert isinstance(bound, launch.Store)
             store = bound
         arrays = (q, k, v, out, None if store is None else store.key)
@@ -217,7 +208,7 @@ class PagedBackend(Backend):
         if step is None:
             step = launch.step_on(plan.spec, plan.view, device, store is not None, plan.capacity)
             plan.steps[device, store is not None] = step
-        owned = layer.made((self.name, device), lambda: launch.owned(plan.spec, layer, device))
+        owned = layer.memoize((self.name, device), lambda: launch.owned(plan.spec, layer, device))
         return launch.run(step, q, k, v, store, owned, out, return_lse=return_lse)
 
 

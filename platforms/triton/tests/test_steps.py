@@ -83,7 +83,7 @@ def test_a_fixed_plan_is_renewed(backend: PagedBackend, query_lens: list[int], s
             assert torch.equal(caches[0].arrays[name], caches[1].arrays[name])
         assert fixed.steps == {next(iter(fixed.steps)): step}
         assert [x.data_ptr() for x in read if x is not None] == places
-        assert fixed.highest_block == metadata.view("decoder").pages.highest_block
+        assert fixed.highest_block == metadata.view("decoder").side.highest_block
 
 
 def test_a_batch_that_does_not_fit_changes_nothing(backend: PagedBackend) -> None:

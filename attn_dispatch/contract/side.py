@@ -1,0 +1,374 @@
+"""`Side`: one half of a batch, the sequences' own tokens or the encoder's, and the checks that keep kernels inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from attn_dispatch.errors import CacheError, MetadataError
+
+__all__ = ["I32", "I64", "Side", "as_lengths", "as_slots", "as_table", "start_loc_of"]
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_INT32_MAX = 2**31 - 1
+
+_COUNTED_BLOCKS = 1 << 22
+"""Up to this block id, how often a block is used is counted in an array; beyond it, by sorting."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Side:
+    """Tokens of a batch: the rows that are new in this step, the keys there are, and where they lie in the cache.
+
+    Consistent, inside one known bound, and locked: kernels trust it.
+
+    Attributes:
+        start_loc: i32[S + 1], rows of k and v per sequence: its new tokens.
+        lens: i32[S], keys of each sequence, the new ones included.
+        table: i32[S, M], the blocks of each sequence in order; 0 beyond its last used block.
+        slots: i64[rows], where each new token goes, `block * block_size + offset`; -1: not written.
+        block_size: B.
+        used_blocks: i32[S], blocks that each sequence uses.
+        num_written: rows that are written.
+        highest_block: the highest block id in use, so that a cache's size is checked in O(1) (-1: none).
+    """
+
+    start_loc: I32
+    lens: I32
+    table: I32
+    slots: I64
+    block_size: int
+    used_blocks: I32
+    num_written: int
+    highest_block: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of k and v."""
+        return len(self.slots)
+
+    @cached_property
+    def new_lens(self) -> I32:
+        """New tokens of each sequence, i32[S]."""
+        return np.diff(self.start_loc)
+
+    @cached_property
+    def writes_all(self) -> bool:
+        """Whether every row of k and v is written: what a runtime without a slot mapping can do by itself."""
+        return self.num_written == len(self.slots)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the batch has blocks at all (an encoder's batch need not)."""
+        return bool(self.table.shape[1])
+
+    def check_fits(self, num_blocks: int) -> None:
+        """Refuse a cache that lacks a block in use. O(1) unless it does.
+
+        Raises:
+            CacheError: naming the sequence, the block and the limit.
+        """
+        if self.highest_block < num_blocks:
+            return
+        s, entry = (int(i) for i in np.argwhere(self.table >= num_blocks)[0])
+        raise CacheError(
+            f"sequence {s}: block {int(self.table[s, entry])} (entry {entry} of its block table) is outside the cache, "
+            f"which has {num_blocks} blocks (0..{num_blocks - 1}); nothing was written"
+        )
+
+    @classmethod
+    def of(
+        cls,
+        prefix: str,
+        block_size: int,
+        start_loc: I32,
+        lens: I32,
+        table: I32,
+        slots: I64 | None,
+        *,
+        shared_writes: bool = False,
+    ) -> Side:
+        """Check one side of a batch and return it, with unused table entries zeroed and every array locked.
+
+        Args:
+            prefix: "" or "encoder_", for messages.
+            block_size: B.
+            start_loc: i32[S + 1], checked.
+            lens: i32[S].
+            table: i32[S, M].
+            slots: i64[rows]; None: they follow from the tables.
+            shared_writes: a sequence may write what another one reads in this step.
+
+        Raises:
+            MetadataError: naming the sequence, the value and the limit.
+        """
+        new_lens = np.diff(start_loc)
+        num_seqs, rows = len(new_lens), int(start_loc[-1])
+        for name, length in ((f"{prefix}seq_lens", len(lens)), (f"{prefix}block_table", len(table))):
+            if length != num_seqs:
+                raise MetadataError(f"{name} has length {length}, expected {num_seqs}: one for each sequence")
+        if slots is not None and len(slots) != rows:
+            raise MetadataError(
+                f"{prefix}slot_mapping has length {len(slots)}, expected {rows}: one for each new token"
+            )
+        if num_seqs and lens.min() < 0:
+            s = int(np.argmax(lens < 0))
+            raise MetadataError(f"sequence {s}: {prefix}seq_lens={int(lens[s])} is negative")
+        used = -(-lens // np.int32(block_size))
+        has_table = bool(table.shape[1])
+        if not has_table:
+            written, num_written = None, 0 if slots is None else int(np.count_nonzero(slots >= 0))
+        elif slots is None:
+            written, num_written = None, -1  # known once the slots are
+        else:
+            written = slots >= 0
+            num_written = int(np.count_nonzero(written))
+        if (lens < new_lens).any():
+            _refuse_short(prefix, lens, new_lens, start_loc, slots)
+        if not has_table and not num_written:
+            no_slots = np.full(rows, -1, np.int64) if slots is None else slots
+            side = cls(
+                start_loc=start_loc,
+                lens=lens,
+                table=np.zeros((num_seqs, 0), np.int32),
+                slots=no_slots,
+                block_size=block_size,
+                used_blocks=np.zeros_like(used),
+                num_written=0,
+                highest_block=-1,
+            )
+            return side._lock()
+        if num_seqs and used.max() > table.shape[1]:
+            s = int(np.argmax(used > table.shape[1]))
+            raise MetadataError(
+                f"sequence {s}: {int(lens[s])} tokens need {int(used[s])} blocks of {block_size}, "
+                f"its {prefix}block_table has {table.shape[1]}"
+            )
+        in_use = np.arange(table.shape[1], dtype=np.int32) < used[:, None]
+        table = np.where(in_use, table, np.int32(0))
+        if table.min(initial=0) < 0:
+            s, entry = (int(i) for i in np.argwhere(table < 0)[0])
+            raise MetadataError(
+                f"sequence {s}: entry {entry} of its {prefix}block_table is {int(table[s, entry])}, but its "
+                f"{int(lens[s])} tokens use {int(used[s])} blocks: a used entry must be a block id, 0 or more"
+            )
+        highest = int(table.max(initial=0)) if used.any() else -1
+        expected = _slots_of(block_size, start_loc, new_lens, lens, table)
+        if slots is None:
+            slots, num_written = expected, int(np.count_nonzero(expected >= 0)) if (lens < new_lens).any() else rows
+        elif num_written:
+            assert written is not None
+            _check_slots(prefix, slots, expected, written, num_written == rows, start_loc, block_size)
+        side = cls(
+            start_loc=start_loc,
+            lens=lens,
+            table=table,
+            slots=slots,
+            block_size=block_size,
+            used_blocks=used,
+            num_written=num_written,
+            highest_block=highest,
+        )
+        if num_written and shared_writes:
+            side._check_written_once()
+        elif num_written:
+            side._check_shared_writes(prefix)
+        return side._lock()
+
+    def _lock(self) -> Side:
+        for array in (self.start_loc, self.lens, self.table, self.slots, self.used_blocks):
+            array.flags.writeable = False
+        return self
+
+    def _check_shared_writes(self, prefix: str) -> None:
+        """Refuse a token that is written below another use of its block: a copy-on-write that was forgotten."""
+        written = self.slots if self.num_written == len(self.slots) else self.slots[self.slots >= 0]
+        blocks = written // self.block_size
+        unused = self.table.size - int(self.used_blocks.sum())
+        if self.highest_block < _COUNTED_BLOCKS:
+            uses = np.bincount(self.table.ravel(), minlength=1)
+            uses[0] -= unused
+            if uses[blocks].max() == 1:
+                return
+        else:
+            ids, uses = np.unique(self.table, return_counts=True)
+            uses[0] -= unused if ids[0] == 0 else 0
+            if uses[np.searchsorted(ids, blocks)].max() == 1:
+                return
+        self._find_shared_write(prefix)
+
+    def _check_written_once(self) -> None:
+        slots = np.sort(self.slots[self.slots >= 0])
+        twice = slots[1:] == slots[:-1]
+        if twice.any():
+            slot = int(slots[1:][twice][0])
+            rows = np.flatnonzero(self.slots == slot)[:2]
+            writers = [int(np.searchsorted(self.start_loc, t, side="right")) - 1 for t in rows]
+            raise MetadataError(
+                f"slot {slot} (block {slot // self.block_size}) is written twice in one step, by sequences "
+                f"{writers[0]} and {writers[1]}: sequences may share blocks that they read, not the block that they "
+                "write into"
+            )
+
+    def _find_shared_write(self, prefix: str) -> None:
+        self._check_written_once()
+        size = self.block_size
+        position = _positions(self.start_loc, self.new_lens, self.lens)
+        sequence = np.repeat(np.arange(len(self.lens)), self.new_lens)
+        for t in np.flatnonzero(self.slots >= 0):
+            block, offset = divmod(int(self.slots[t]), size)
+            own = int(sequence[t]), int(position[t]) // size
+            for s, entry in np.argwhere(self.table == block):
+                filled = int(self.lens[s]) - int(entry) * size
+                if (int(s), int(entry)) != own and filled > offset:
+                    raise MetadataError(
+                        f"sequence {own[0]} writes slot {int(self.slots[t])} (block {block}, offset {offset}), which "
+                        f"sequence {int(s)} reads as its token {int(entry) * size + offset} (entry {int(entry)} of its "
+                        f"{prefix}block_table): copy the block first (cache.copy_blocks), or say shared_writes=True "
+                        "if both are meant to have the same token there"
+                    )
+
+
+def _refuse_short(prefix: str, lens: I32, new: I32, start: I32, slots: I64 | None) -> None:
+    for s in np.flatnonzero(lens < new):
+        # Padding: a sequence of no length whose tokens go nowhere.
+        if lens[s] == 0 and (slots is None or not (slots[start[s] : start[s + 1]] >= 0).any()):
+            continue
+        raise MetadataError(
+            f"sequence {s}: {prefix}seq_lens={int(lens[s])} counts the tokens after this step, and so cannot be less "
+            f"than its {int(new[s])} new ones (padding has length 0 and slots of -1)"
+        )
+
+
+def _check_slots(
+    prefix: str, slots: I64, expected: I64, written: Bools, all_written: bool, start: I32, block_size: int
+) -> None:
+    wrong = slots != expected if all_written else written & (slots != expected)
+    if wrong.any():
+        t = int(np.argmax(wrong))
+        s = int(np.searchsorted(start, t, side="right")) - 1
+        raise MetadataError(
+            f"sequence {s}: {prefix}slot_mapping[{t}]={int(slots[t])}, but by its block table that token belongs into "
+            f"slot {int(expected[t])} (block {int(expected[t]) // block_size}); use that, or -1 to not write it"
+        )
+
+
+def _positions(start: I32, new_lens: I32, lens: I32) -> I64:
+    """Return the position of every new token in its sequence, i64[rows]; negative in padding."""
+    first = (lens - new_lens).astype(np.int64)
+    rows = int(start[-1])
+    if rows == len(new_lens) and rows and new_lens.min() == 1:  # all decode: the hot case
+        return first
+    return np.arange(rows, dtype=np.int64) - np.repeat(start[:-1] - first, new_lens)
+
+
+def _slots_of(block_size: int, start: I32, new_lens: I32, lens: I32, table: I32) -> I64:
+    """Return the slot of every new token by the block tables, i64[rows]; -1 where a token has no position.
+
+    The tables hold every position: `lens` was checked against them.
+    """
+    rows = int(start[-1])
+    if not rows:
+        return np.zeros(0, np.int64)
+    position = _positions(start, new_lens, lens)
+    padding = position.min() < 0
+    block, offset = np.divmod(np.maximum(position, 0) if padding else position, block_size)
+    sequence = np.arange(rows) if rows == len(new_lens) == len(position) and new_lens.min() == 1 else None
+    if sequence is None:
+        sequence = np.repeat(np.arange(len(new_lens)), new_lens)
+    slots: I64 = table[sequence, block].astype(np.int64) * block_size + offset
+    return np.where(position < 0, np.int64(-1), slots) if padding else slots
+
+
+def start_loc_of(lens: I32) -> I32:
+    """Return the sums of lengths, i32[S + 1].
+
+    Raises:
+        MetadataError: there are more tokens than int32 counts.
+    """
+    start = np.zeros(len(lens) + 1, np.int64)
+    np.cumsum(lens, out=start[1:])
+    if start[-1] > _INT32_MAX:
+        raise MetadataError(f"the batch has {int(start[-1])} tokens, at most {_INT32_MAX} can be counted")
+    return start.astype(np.int32)
+
+
+def _whole(name: str, array: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
+    if type(array) is not np.ndarray:
+        raise MetadataError(f"{name} is a {type(array).__module__}.{type(array).__name__}: needs a plain numpy array")
+    if array.dtype.kind not in "iu" or array.ndim != ndim:
+        raise MetadataError(
+            f"{name} must be whole numbers with {ndim} axes, found {array.dtype.name} of shape {array.shape}"
+        )
+    return array
+
+
+def _as_array(name: str, values: object) -> npt.NDArray[Any]:
+    if isinstance(values, np.ndarray):
+        return values
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise MetadataError(
+            f"{name} must be a list or a numpy array on the host, not {type(values).__module__}.{type(values).__name__}"
+        )
+    return np.asarray(values)
+
+
+def as_lengths(name: str, values: Sequence[int] | npt.NDArray[np.integer]) -> I32:
+    """Return per-sequence counts as an i32[S] of our own, refusing what is not a whole number from 0 to 2^31 - 1."""
+    array = _as_array(name, values)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, dtype=np.int32)
+    array = _whole(name, array, 1)
+    if array.min() < 0 or array.max() > _INT32_MAX:
+        s = int(np.argmax((array < 0) | (array > _INT32_MAX)))
+        raise MetadataError(f"sequence {s}: {name}={int(array[s])} is outside 0..{_INT32_MAX}")
+    return array.astype(np.int32)
+
+
+def as_slots(name: str, values: Sequence[int] | I64) -> I64:
+    """Return slots as an i64[rows] of our own, refusing what is not a whole number."""
+    array = _as_array(name, values)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros(0, dtype=np.int64)
+    return _whole(name, array, 1).astype(np.int64)
+
+
+def as_table(
+    name: str, tables: Sequence[Sequence[int]] | npt.NDArray[np.integer] | None, lens: I32, block_size: int
+) -> I32:
+    """Return block tables as i32[S, M], short rows filled up with -1; refuse a row that is too short to be used."""
+    num_seqs = len(lens)
+    if tables is None:
+        return np.zeros((num_seqs, 0), dtype=np.int32)
+    if len(tables) != num_seqs:
+        raise MetadataError(f"{name} has length {len(tables)}, expected {num_seqs}: one for each sequence")
+    if isinstance(tables, np.ndarray):
+        wide = _whole(name, tables, 2)
+    else:
+        rows = [_as_array(name, row) for row in tables]
+        wide = np.full((num_seqs, max((row.size for row in rows), default=0)), -1, dtype=np.int64)
+        for s, row in enumerate(rows):
+            if row.ndim != 1 or (row.size and row.dtype.kind not in "iu"):
+                raise MetadataError(
+                    f"sequence {s}: {name} must be a list of block ids, found {row.dtype.name} {row.shape}"
+                )
+            if row.size * block_size < lens[s]:
+                raise MetadataError(
+                    f"sequence {s}: {int(lens[s])} tokens need {-(-int(lens[s]) // block_size)} blocks of "
+                    f"{block_size}, {name} has {row.size}"
+                )
+            wide[s, : row.size] = row
+    if wide.dtype == np.int32:
+        return wide
+    # What lies beyond the last used block may be anything: only what int32 cannot hold is turned into what it can.
+    if wide.dtype.kind == "u":
+        return np.where(wide > _INT32_MAX, -1, wide.astype(np.int64)).astype(np.int32)
+    return np.where(wide > _INT32_MAX, -1, np.maximum(wide.astype(np.int64), -_INT32_MAX)).astype(np.int32)
