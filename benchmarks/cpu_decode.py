@@ -56,7 +56,7 @@ def measure(batch: int, context: int, arguments: argparse.Namespace) -> dict[str
     from cpu_roofline import Roofline
 
     import attn_dispatch as ad
-    from attn_dispatch_cpu.running import Runner
+    from attn_dispatch_cpu.numba_call import Launch
 
     shape = Shape(batch, 1, context)
     inputs = make_inputs(shape)
@@ -81,11 +81,10 @@ def measure(batch: int, context: int, arguments: argparse.Namespace) -> dict[str
     out = np.empty_like(q)
 
     # The kernel alone, as vLLM's is called alone: planned, its new token already written.
-    runner = Runner(plan, attn.parameters)
-    runner.give(q, out, None)
-    runner.give_cache(cache)
+    launch = Launch(plan, attn.parameters, cache)
+    launch.put_queries(q, out, None)
     rivals: dict[str, Callable[[], Any]] = {
-        "kernel": runner.attend,
+        "kernel": launch.attend_again,
         "ours": lambda: attn.run(plan, q, k, v, cache, out),
     }
     if arguments.vllm:

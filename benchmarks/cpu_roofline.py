@@ -14,7 +14,8 @@ from llvmlite import ir
 from numba import int64, njit, void
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels.memory import read_i64, take_ticket, write_i64
+from attn_dispatch_cpu.kernels.calls import guarded
+from attn_dispatch_cpu.kernels.memory import read_i64, take_item, write_i64
 from attn_dispatch_cpu.kernels.vector import F32, I32, I64, Emit, vec
 from attn_dispatch_cpu.threads import POOL
 
@@ -62,21 +63,26 @@ def _multiply_add(typing_context: Any, steps: Any) -> Any:
     return int64(int64), codegen
 
 
-# A job: [ticket, items, address, result].
-@njit(void(int64, int64), nogil=True)
-def _read_job(job: int, worker: int) -> None:
-    item = take_ticket(job)
-    while item < read_i64(job + 8):
-        write_i64(job + 24, _read(read_i64(job + 16) + item * PIECE_BYTES, PIECE_BYTES))
-        item = take_ticket(job)
+KERNEL = njit(void(int64, int64, int64), nogil=True)
 
 
-@njit(void(int64, int64), nogil=True)
-def _multiply_job(job: int, worker: int) -> None:
-    item = take_ticket(job)
-    while item < read_i64(job + 8):
-        write_i64(job + 24, _multiply_add(FMA_STEPS // 20))
-        item = take_ticket(job)
+# Arguments: [items, address, result]; a call: [next item, state].
+@KERNEL
+@guarded
+def _read_all(args: int, call: int, worker: int) -> None:
+    item = take_item(call)
+    while item < read_i64(args):
+        write_i64(args + 16, _read(read_i64(args + 8) + item * PIECE_BYTES, PIECE_BYTES))
+        item = take_item(call)
+
+
+@KERNEL
+@guarded
+def _multiply_all(args: int, call: int, worker: int) -> None:
+    item = take_item(call)
+    while item < read_i64(args):
+        write_i64(args + 16, _multiply_add(FMA_STEPS // 20))
+        item = take_item(call)
 
 
 class Roofline:
@@ -90,14 +96,16 @@ class Roofline:
     def measure(self) -> None:
         """Measure once and keep what is better than before."""
         items = 20 * self.threads
-        job = np.array([0, READ_BYTES // PIECE_BYTES, self._memory.ctypes.data, 0], np.int64)
+        seconds = self._seconds(_read_all, READ_BYTES // PIECE_BYTES, self._memory.ctypes.data)
+        self.read_seconds = min(self.read_seconds, seconds)
+        seconds = self._seconds(_multiply_all, items, 0) / items * 20 * self.threads
+        self.multiply_seconds = min(self.multiply_seconds, seconds)
+
+    def _seconds(self, kernel: Any, items: int, address: int) -> float:
+        words = np.array([items, address, 0, 0, 0], np.int64)
         start = time.perf_counter()
-        POOL.run(_read_job, job.ctypes.data, self.threads)
-        self.read_seconds = min(self.read_seconds, time.perf_counter() - start)
-        job = np.array([0, items, 0, 0], np.int64)
-        start = time.perf_counter()
-        POOL.run(_multiply_job, job.ctypes.data, self.threads)
-        self.multiply_seconds = min(self.multiply_seconds, (time.perf_counter() - start) / items * 20 * self.threads)
+        POOL.run(kernel, words.ctypes.data, words.ctypes.data + 24, self.threads, words)
+        return time.perf_counter() - start
 
     @property
     def bytes_per_second(self) -> float:

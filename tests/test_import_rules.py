@@ -19,12 +19,10 @@ PLATFORMS = CORE.parent / "platforms"
 
 FLOORS = [
     {"errors", "contract", "hardware"},
-    {"settings", "merge", "observe"},
+    {"settings", "merge"},
     {"call"},
     {"backend"},
-    {"reference", "registry", "cache", "explanation"},
-    {"installed"},
-    {"request"},
+    {"reference", "registry", "cache"},
     {"dispatch"},
     {"attention"},
     {"variants"},
@@ -131,7 +129,7 @@ import json, sys
 import numpy
 before = set(sys.modules)
 import attn_dispatch as ad
-assert ad.platform.name
+assert ad.platform.name and ad.default_backend
 print(json.dumps(sorted({m.partition(".")[0] for m in set(sys.modules) - before})))
 """
 

@@ -1,13 +1,13 @@
 """How a step's work is cut: which kernel takes which rows, and pieces small enough to keep every thread busy.
 
-Few rows per kv head go to the narrow kernel, in items of a sequence and neighbouring kv heads; a sequence that is long
-beside the others is cut by heads first (nothing has to be merged then), by context after that. Many rows go to the wide
-kernel in items of up to 64 rows of one kv head. Items are handed out in order, the longest first.
+Few rows per kv head go to the decode kernel, in items of a sequence and neighbouring kv heads; a sequence that is long
+beside the others is cut by heads first (nothing has to be merged then), by context after that. Many rows go to the
+prefill kernel in items of rows of one kv head. Items are handed out in order, the longest first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from attn_dispatch import AttentionSpec
 from attn_dispatch.contract import BatchView
-from attn_dispatch_cpu.kernels import job as J
+from attn_dispatch_cpu.kernels import arguments as A
+from attn_dispatch_cpu.kernels.scratch import PREFILL_ROWS, Scratch, decode_scratch, prefill_scratch
 
 I32 = npt.NDArray[np.int32]
 
-NARROW_ROWS = 8  # query rows per kv head up to which keys stream through the narrow kernel
-WIDE_ROWS = 64
+DECODE_MAX_ROWS = 8  # query rows per kv head up to which keys stream through the decode kernel
 PIECES_PER_THREAD = 3  # what lets the threads end at about the same time
 MIN_PART = 256  # tokens: a context is not cut into smaller parts than this
 MIN_HEADS = 4  # kv heads whose rows lie side by side; fewer make runs that the hardware's prefetcher is too late for
@@ -35,27 +35,29 @@ class Work:
     """One kernel's share of a step.
 
     Attributes:
-        kernel: "narrow" or "wide".
-        tiles: i32[items][TILE_WORDS].
-        groups: i32[split tiles][GROUP_WORDS].
+        kernel: "decode" or "prefill".
+        items: i32[items][ITEM_WORDS].
+        splits: i32[split items][SPLIT_WORDS].
         parts: how many partial results there are.
         partial_rows: rows of the largest of them.
-        heads, rows: the largest item's kv heads and rows, for the size of the scratch.
         threads: how many are worth waking.
-        scratch_bytes: of one worker.
-        tiles_at: the address of `tiles`.
+        scratch: of one worker.
+        items_at, scratch_offsets_at: addresses.
     """
 
     kernel: str
-    tiles: I32
-    groups: I32
+    items: I32
+    splits: I32
     parts: int
     partial_rows: int
-    heads: int
-    rows: int
     threads: int
-    scratch_bytes: int = 0
-    tiles_at: int = 0
+    scratch: Scratch
+    items_at: int = field(init=False)
+    scratch_offsets_at: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.items_at = self.items.__array_interface__["data"][0]
+        self.scratch_offsets_at = self.scratch.offsets.__array_interface__["data"][0]
 
 
 def cut(spec: AttentionSpec, view: BatchView, threads: int, in_blocks: bool) -> list[Work]:
@@ -65,16 +67,17 @@ def cut(spec: AttentionSpec, view: BatchView, threads: int, in_blocks: bool) -> 
         spec: the layers it is for.
         view: the batch as they see it.
         threads: how many there are.
-        in_blocks: keys are in a cache; otherwise one after the other, and only the wide kernel reads them.
+        in_blocks: keys are in a cache; otherwise one after the other, and only the prefill kernel reads them.
     """
     lens = view.query_lens
-    narrow = np.flatnonzero((lens > 0) & (lens * spec.group_size <= (NARROW_ROWS if in_blocks else 0)))
-    wide = np.flatnonzero((lens > 0) & (lens * spec.group_size > (NARROW_ROWS if in_blocks else 0)))
+    rows = lens * spec.group_size
+    most = DECODE_MAX_ROWS if in_blocks else 0
+    few, many = np.flatnonzero((rows > 0) & (rows <= most)), np.flatnonzero(rows > most)
     work = []
-    if len(narrow):
-        work.append(_narrow(spec, view, narrow, threads))
-    if len(wide):
-        work.append(_wide(spec, view, wide, threads))
+    if len(few):
+        work.append(_decode(spec, view, few, threads))
+    if len(many):
+        work.append(_prefill(spec, view, many, threads))
     return work
 
 
@@ -93,14 +96,14 @@ def _ranges(
 
 
 def _blank(count: int, group_size: int) -> I32:
-    tiles = np.zeros((count, J.TILE_WORDS), np.int32)
-    tiles[:, J.TILE_PART] = -1
-    tiles[:, J.TILE_SINK] = 1
-    tiles[:, J.TILE_GROUPS] = group_size
-    return tiles
+    items = np.zeros((count, A.ITEM_WORDS), np.int32)
+    items[:, A.ITEM_PART] = -1
+    items[:, A.ITEM_SINK] = 1
+    items[:, A.ITEM_GROUPS] = group_size
+    return items
 
 
-def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
+def _decode(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
     heads = spec.num_kv_heads
     queries = view.query_lens[sequences]
     begin, end = _ranges(spec, view, sequences, np.zeros_like(queries), queries)
@@ -120,14 +123,14 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
     parts = np.minimum(-(-wanted // head_groups), np.maximum(length // MIN_PART, 1))
     short = head_groups * parts < wanted  # too short to be cut by context: by single heads, then
     head_groups = np.where(short, np.minimum(-(-wanted // parts), heads), head_groups)
-    tiles, groups = [], []
+    items, splits = [], []
     num_parts = 0
     if head_groups.max() == 1 and parts.max() == 1:  # the common case, without a loop
         table = _blank(len(sequences), spec.group_size)
-        table[:, J.TILE_SEQUENCE], table[:, J.TILE_QUERIES] = sequences, queries
-        table[:, J.TILE_BEGIN], table[:, J.TILE_END] = begin, end
-        table[:, J.TILE_HEADS] = heads
-        tiles.append(table)
+        table[:, A.ITEM_SEQUENCE], table[:, A.ITEM_QUERIES] = sequences, queries
+        table[:, A.ITEM_BEGIN], table[:, A.ITEM_END] = begin, end
+        table[:, A.ITEM_HEADS] = heads
+        items.append(table)
     else:
         unit = int(np.lcm(spec.block_size, 8))
         for i, sequence in enumerate(sequences):
@@ -141,56 +144,58 @@ def _narrow(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
             split = len(bounds) > 1
             for low, high in pairwise(edges):
                 if split:
-                    entry = np.zeros((1, J.GROUP_WORDS), np.int32)
-                    entry[0, [J.GROUP_PART, J.GROUP_PARTS, J.GROUP_TILE]] = num_parts, len(bounds), sum(map(len, tiles))
-                    groups.append(entry)
+                    entry = np.zeros((1, A.SPLIT_WORDS), np.int32)
+                    entry[0, [A.SPLIT_PART, A.SPLIT_PARTS, A.SPLIT_ITEM]] = num_parts, len(bounds), sum(map(len, items))
+                    splits.append(entry)
                 for p, (first, last) in enumerate(bounds):
-                    tile = _blank(1, spec.group_size)
-                    tile[0, [J.TILE_SEQUENCE, J.TILE_QUERIES]] = sequence, queries[i]
-                    tile[0, [J.TILE_BEGIN, J.TILE_END]] = first, last
-                    tile[0, [J.TILE_HEAD, J.TILE_HEADS]] = low, high - low
+                    item = _blank(1, spec.group_size)
+                    item[0, [A.ITEM_SEQUENCE, A.ITEM_QUERIES]] = sequence, queries[i]
+                    item[0, [A.ITEM_BEGIN, A.ITEM_END]] = first, last
+                    item[0, [A.ITEM_HEAD, A.ITEM_HEADS]] = low, high - low
                     if split:
-                        tile[0, [J.TILE_PART, J.TILE_SINK]] = num_parts + p, int(p == 0)
-                    tiles.append(tile)
+                        item[0, [A.ITEM_PART, A.ITEM_SINK]] = num_parts + p, int(p == 0)
+                    items.append(item)
             if split:
                 num_parts += len(bounds)  # shared by its head groups: partial results have room for every head
-    table = np.concatenate(tiles)
-    grouped = np.concatenate(groups) if groups else np.zeros((0, J.GROUP_WORDS), np.int32)
+    table = np.concatenate(items)
+    split_table = np.concatenate(splits) if splits else np.zeros((0, A.SPLIT_WORDS), np.int32)
     if threads > 1:
-        size = (table[:, J.TILE_END] - table[:, J.TILE_BEGIN]).astype(np.int64) * table[:, J.TILE_HEADS]
+        size = (table[:, A.ITEM_END] - table[:, A.ITEM_BEGIN]).astype(np.int64) * table[:, A.ITEM_HEADS]
         order = np.argsort(-size, kind="stable")
         table = table[order]
         now_at = np.empty(len(order), np.int32)
         now_at[order] = np.arange(len(order))
-        grouped[:, J.GROUP_TILE] = now_at[grouped[:, J.GROUP_TILE]]
-    most = int(table[:, J.TILE_HEADS].max())
+        split_table[:, A.SPLIT_ITEM] = now_at[split_table[:, A.SPLIT_ITEM]]
+    most = int(table[:, A.ITEM_HEADS].max())
     useful = min(threads, len(table))
-    return Work("narrow", np.ascontiguousarray(table), grouped, num_parts, rows, most, rows, useful)
+    scratch = decode_scratch(spec.head_size, spec.value_head_size, most, rows)
+    return Work("decode", np.ascontiguousarray(table), split_table, num_parts, rows, useful, scratch)
 
 
-def _wide(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
-    heads, group = spec.num_kv_heads, spec.group_size
-    per_tile = max(1, WIDE_ROWS // group)
-    group_parts = -(-group // WIDE_ROWS)  # of a group that is larger than a tile
+def _prefill(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
+    heads, group_size = spec.num_kv_heads, spec.group_size
+    per_tile = max(1, PREFILL_ROWS // group_size)
+    group_parts = -(-group_size // PREFILL_ROWS)  # of a group that is larger than a tile
     lens = view.query_lens[sequences]
     count = -(-lens // per_tile)
-    which = np.repeat(np.arange(len(sequences)), count)
-    first = (np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)) * per_tile
-    queries = np.minimum(per_tile, lens[which] - first)
-    begin, end = _ranges(spec, view, sequences[which], first, queries)
+    owner = np.repeat(np.arange(len(sequences)), count)
+    first = (np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)) * per_tile
+    queries = np.minimum(per_tile, lens[owner] - first)
+    begin, end = _ranges(spec, view, sequences[owner], first, queries)
     order = np.argsort(-(end - begin) * queries, kind="stable") if threads > 1 else slice(None)
-    base = _blank(len(which), group)
-    base[:, J.TILE_SEQUENCE], base[:, J.TILE_QUERY], base[:, J.TILE_QUERIES] = sequences[which], first, queries
-    base[:, J.TILE_BEGIN], base[:, J.TILE_END] = begin, end
-    base[:, J.TILE_HEADS] = 1
-    tiles = np.repeat(base[order], heads * group_parts, axis=0)
-    tiles[:, J.TILE_HEAD] = np.tile(np.repeat(np.arange(heads), group_parts), len(base))
+    base = _blank(len(owner), group_size)
+    base[:, A.ITEM_SEQUENCE], base[:, A.ITEM_QUERY], base[:, A.ITEM_QUERIES] = sequences[owner], first, queries
+    base[:, A.ITEM_BEGIN], base[:, A.ITEM_END] = begin, end
+    base[:, A.ITEM_HEADS] = 1
+    items = np.repeat(base[order], heads * group_parts, axis=0)
+    items[:, A.ITEM_HEAD] = np.tile(np.repeat(np.arange(heads), group_parts), len(base))
     if group_parts > 1:
         part = np.tile(np.arange(group_parts), len(base) * heads)
-        tiles[:, J.TILE_GROUP] = part * WIDE_ROWS
-        tiles[:, J.TILE_GROUPS] = np.minimum(WIDE_ROWS, group - part * WIDE_ROWS)
-    none = np.zeros((0, J.GROUP_WORDS), np.int32)
-    return Work("wide", np.ascontiguousarray(tiles), none, 0, 0, 1, WIDE_ROWS, min(threads, len(tiles)))
+        items[:, A.ITEM_GROUP] = part * PREFILL_ROWS
+        items[:, A.ITEM_GROUPS] = np.minimum(PREFILL_ROWS, group_size - part * PREFILL_ROWS)
+    no_splits = np.zeros((0, A.SPLIT_WORDS), np.int32)
+    scratch = prefill_scratch(spec.head_size, spec.value_head_size)
+    return Work("prefill", np.ascontiguousarray(items), no_splits, 0, 0, min(threads, len(items)), scratch)
 
 
 __all__ = ["Work", "cut"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import attn_dispatch_cpu
 from attn_dispatch_cpu.machine_code import cache_folder
 
 PROGRAM = """
@@ -36,13 +40,13 @@ def finished(process: subprocess.Popen[str]) -> str:
     """Return what it said on stderr; it must have computed."""
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.startswith("96.0\n['narrow', 'write']"), out
+    assert out.startswith("96.0\n['decode', 'write']"), out
     return err
 
 
 def codes(folder: Path) -> dict[str, tuple[int, int]]:
     """Return name -> (size, time) of the kernels kept."""
-    kept = list((folder / "cpu-numba").glob("*.code"))
+    kept = list((folder / "cpu-numba").glob("*.o"))
     return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in kept}
 
 
@@ -51,17 +55,24 @@ def test_the_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert cache_folder() == tmp_path / "cpu-numba"
 
 
+def test_a_home_folder_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", "~/x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "x" / "cpu-numba"
+
+
 def test_two_processes_at_once_then_one_that_loads(tmp_path: Path) -> None:
     both = [start(tmp_path), start(tmp_path)]
     said = [finished(process) for process in both]
     assert said == ["", ""]  # stderr is no terminal here
     kept = codes(tmp_path)
     assert len(kept) == 2
-    assert not list((tmp_path / "cpu-numba").glob("*[!e]"))  # no temporary file is left
+    assert stat.S_IMODE((tmp_path / "cpu-numba").stat().st_mode) == 0o700
+    assert not list((tmp_path / "cpu-numba").glob("*[!o]"))  # no temporary file is left
     finished(start(tmp_path))
     assert codes(tmp_path) == kept  # nothing was compiled again
     # Damage: half of one file is gone, the other holds something else.
-    for path, data in zip(sorted((tmp_path / "cpu-numba").glob("*.code")), (b"", b"\0" * 500), strict=True):
+    for path, data in zip(sorted((tmp_path / "cpu-numba").glob("*.o")), (b"", b"\0" * 500), strict=True):
         path.write_bytes(data or path.read_bytes()[:1000])
     finished(start(tmp_path))
     assert {name: size for name, (size, _) in codes(tmp_path).items()}.keys() == kept.keys()
@@ -86,3 +97,64 @@ def test_a_person_is_told(tmp_path: Path) -> None:
     os.close(reader)
     assert "compiling cpu/numba write" in text
     assert f"kept in {tmp_path / 'cpu-numba'}" in text.replace("\r\n", "\n").replace("\n", " ").replace("  ", " ")
+
+
+WARNING = "RuntimeWarning: cpu/numba runs no machine code from there"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="not run: this system has no owners of files")
+def test_what_others_may_write_is_not_run(tmp_path: Path) -> None:
+    """Folders and files that others may write, or own, are neither read nor written; one warning says so."""
+    finished(start(tmp_path))
+    folder = tmp_path / "cpu-numba"
+    kept = codes(tmp_path)
+
+    def untouched() -> None:
+        errors = finished(start(tmp_path))
+        assert errors.count(WARNING) == 1, errors
+        assert codes(tmp_path) == kept
+
+    folder.chmod(0o777)
+    untouched()
+    folder.chmod(0o755)  # others may only read: made ours alone, and used
+    assert finished(start(tmp_path)) == ""
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for path in folder.glob("*.o"):
+        path.chmod(0o666)
+    errors = finished(start(tmp_path))
+    assert errors.count(WARNING) == 2, errors  # one for each file, which is then written anew
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in folder.glob("*.o"))
+    kept = codes(tmp_path)
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, 12345)
+        untouched()
+
+
+def test_no_file_is_unpickled(tmp_path: Path) -> None:
+    """A payload that would run while it is unpickled does not, whatever its digest says."""
+    finished(start(tmp_path))
+    payload = pickle.dumps(Payload(tmp_path / "ran"))
+    for path in (tmp_path / "cpu-numba").glob("*.o"):
+        path.write_bytes(hashlib.sha256(payload).digest() + payload)
+    process = start(tmp_path)
+    process.communicate(timeout=120)
+    assert not (tmp_path / "ran").exists()
+    source = Path(attn_dispatch_cpu.__file__).parent
+    assert not [path for path in source.rglob("*.py") if "pickle" in path.read_text()]
+
+
+class Payload:
+    """What an attacker would put into a pickle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_process_that_loads_needs_no_numba(tmp_path: Path) -> None:
+    finished(start(tmp_path))
+    environment = os.environ | {"ATTN_DISPATCH_CACHE_DIR": str(tmp_path), "ATTN_DISPATCH_NUM_THREADS": "1"}
+    program = PROGRAM + "\nimport sys; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,8 +16,9 @@ import numpy as np
 import pytest
 
 import attn_dispatch as ad
+from attn_dispatch.adapters.environment import num_threads
 from attn_dispatch_cpu import planning
-from attn_dispatch_cpu.threads import num_threads
+from attn_dispatch_cpu.threads import POOL
 
 
 def problem(seed: int = 0, context: int = 500) -> tuple[Any, Any, Any, Any]:
@@ -36,6 +41,14 @@ def test_the_setting_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_threads() == 3
     monkeypatch.delenv("ATTN_DISPATCH_NUM_THREADS")
     assert 1 <= num_threads() <= len(os.sched_getaffinity(0))
+
+
+def test_an_absurd_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_DISPATCH_NUM_THREADS", "3000")
+    before = threading.active_count()
+    with pytest.raises(ad.errors.EnvironmentVariableError, match="NUM_THREADS='3000'"):
+        problem()
+    assert threading.active_count() == before
 
 
 def test_affinity_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +79,7 @@ def test_a_thread_is_woken_for_what_takes_longer_than_waking_it(monkeypatch: pyt
         batch = ad.AttentionMetadata.build([1, 1], [context] * 2, [range(context // 32)] * 2, slot_mapping=[-1, -1])
         (work,) = planning.cut(spec, batch.view("decoder"), 8, in_blocks=True)
         assert work.threads == threads
-        assert threads > 1 or len(work.tiles) == 2  # nor is it cut into pieces
+        assert threads > 1 or len(work.items) == 2  # nor is it cut into pieces
 
 
 def test_callers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +125,96 @@ def test_a_child_of_a_fork_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         os.waitpid(child, 0)
     assert done, "the child hangs"
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+FORK_WHILE_COMPILING = """
+import os, sys, threading, time
+import numpy as np, attn_dispatch as ad
+spec = ad.AttentionSpec(num_heads=2, num_kv_heads=1, head_size=16, dtype="float32", block_size=8)
+attn = ad.attention(spec, backend="cpu/numba")
+cache = attn.allocate(2)
+one = np.ones((1, 2, 16), np.float32)
+def compute():
+    plan = attn.plan(ad.AttentionMetadata.build([1], [1], [[1]], 8))
+    return attn.run(plan, one, one[:, :1], 3 * one[:, :1], cache).sum()
+compiling = threading.Thread(target=compute)
+compiling.start()
+while "numba.core.compiler" not in sys.modules:
+    time.sleep(0.01)
+time.sleep(0.5)
+assert compiling.is_alive()
+child = os.fork()
+if child == 0:
+    os._exit(0 if compute() == 96 else 1)
+compiling.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="not run: this system has no fork")
+def test_a_fork_while_another_thread_compiles(tmp_path: Path) -> None:
+    environment = os.environ | {"ATTN_DISPATCH_CACHE_DIR": str(tmp_path), "ATTN_DISPATCH_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", FORK_WHILE_COMPILING], env=environment, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            out, _ = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("the child of a fork hangs")
+    assert out == b"0\n"
+
+
+class Interrupted(BaseException):
+    """What the handler of a signal raises, as Ctrl-C would."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="not run: this system has no timer signals")
+def test_interrupted_calls_leave_nobody_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 calls interrupted at random: none returns while a thread still writes, and no thread is lost."""
+    monkeypatch.setenv("ATTN_DISPATCH_NUM_THREADS", "6")
+    spec = ad.AttentionSpec(num_heads=4, num_kv_heads=1, head_size=64)
+    attn = ad.attention(spec, backend="cpu/numba")
+    plan = attn.plan(ad.AttentionMetadata.build([96], [1536], [range(48)]))  # six items, a millisecond each
+    cache = attn.allocate(48)
+    q = np.ones((96, 4, 64), ml_dtypes.bfloat16)
+    attn.run(plan, q, q[:, :1], q[:, :1], cache)
+    start = time.perf_counter()
+    attn.run(plan, q, q[:, :1], q[:, :1], cache)
+    usual = time.perf_counter() - start
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    rng = np.random.default_rng(0)
+    outs = [np.full_like(q, 7) for _ in range(4)]
+    interrupted = 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(500):
+            out = outs[i % 4]
+            assert (out == 7).all(), "a thread wrote into the output of a call that was over"
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-5, 1.2 * usual))
+                attn.run(plan, q, q[:, :1], q[:, :1], cache, out)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupted:
+                interrupted += 1
+            out[...] = 7
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    time.sleep(0.05)
+    assert all((out == 7).all() for out in outs)
+    assert interrupted > 100
+    helped = set()
+
+    def kernel(arguments: int, call: int, worker: int) -> None:
+        helped.add(worker)
+        time.sleep(0.2)
+
+    POOL.run(kernel, 0, 0, 6, None)
+    assert helped == set(range(6))
 
 
 def test_idle_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,31 +1,13 @@
 """Element types in memory: how a vector of each is read as f32, and how f32 is rounded to each.
 
-The kinds are small integers because kernels get them at run time. Conversions are exact where the target is wider;
+Conversions are exact where the target is wider;
 rounding is to nearest, ties to even.
 """
 
 from __future__ import annotations
 
-from typing import Final
-
+from attn_dispatch_cpu.kernels.kinds import KIND_BF16, KIND_E4M3, KIND_F16, KIND_F32, KIND_INT8
 from attn_dispatch_cpu.kernels.vector import F16, F32, I8, I16, I32, Emit, Value, vec
-
-KIND_F32: Final = 0
-KIND_F16: Final = 1
-KIND_BF16: Final = 2
-KIND_INT8: Final = 3
-KIND_E4M3: Final = 4
-KIND_E5M2: Final = 5
-
-KINDS: Final = {
-    "float32": KIND_F32,
-    "float16": KIND_F16,
-    "bfloat16": KIND_BF16,
-    "int8": KIND_INT8,
-    "float8_e4m3fn": KIND_E4M3,
-    "float8_e5m2": KIND_E5M2,
-}
-ITEM_BYTES: Final = (4, 2, 2, 1, 1, 1)
 
 _STORED = (F32, F16, I16, I8, I8, I8)
 
@@ -64,7 +46,7 @@ def widen(e: Emit, kind: int, raw: Value) -> Value:
     return b.select(nan, e.const(float("nan"), lanes), value)
 
 
-def narrow(e: Emit, kind: int, x: Value) -> Value:
+def round_to(e: Emit, kind: int, x: Value) -> Value:
     """Round f32 lanes to one of the three float kinds, as stored."""
     if kind == KIND_F32:
         return x
@@ -73,4 +55,4 @@ def narrow(e: Emit, kind: int, x: Value) -> Value:
     return e.round_bf16(x)
 
 
-__all__ = ["ITEM_BYTES", "KINDS", "load_widened", "narrow", "widen"]
+__all__ = ["load_widened", "round_to", "widen"]

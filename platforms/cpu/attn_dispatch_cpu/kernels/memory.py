@@ -1,11 +1,12 @@
-"""Raw memory inside Numba kernels: addresses are int64 bytes, jobs are records of 8-byte words."""
+"""Raw memory inside Numba kernels: addresses are int64 bytes, arguments are records of 8-byte words."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, float64, int32, int64, void
+from numba import float32, float64, int32, int64, njit, void
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from attn_dispatch_cpu.kernels.vector import F32, I32, I64, Emit
@@ -44,14 +45,14 @@ write_f32 = _writer(float32, F32)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def take_ticket(typing_context: Any, address: Any) -> Any:
-    """Add 1 to the int64 at `address`, atomically; return what it was."""
+def add_atomic(typing_context: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at `address`, atomically and in order with other memory; return what it was."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = Emit(builder).pointer(args[0], I64)
-        return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "monotonic")
+        return builder.atomic_rmw("add", pointer, args[1], "seq_cst")
 
-    return int64(int64), codegen
+    return int64(int64, int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -60,9 +61,15 @@ def peek(typing_context: Any, address: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = Emit(builder).pointer(args[0], I64)
-        return builder.load_atomic(pointer, "monotonic", 8)
+        return builder.load_atomic(pointer, "acquire", 8)
 
     return int64(int64), codegen
+
+
+@njit  # type: ignore[untyped-decorator]
+def take_item(counter: int) -> int:
+    """Return the number of the next item of work, which nobody else gets."""
+    return add_atomic(counter, 1)  # type: ignore[no-any-return]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -70,8 +77,6 @@ def fill_zero(typing_context: Any, address: Any, size: Any) -> Any:
     """Set `size` bytes to 0."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        from numba.core import cgutils
-
         cgutils.memset(builder, Emit(builder).pointer(args[0], ir.IntType(8)), args[1], 0)
         return context.get_dummy_value()
 

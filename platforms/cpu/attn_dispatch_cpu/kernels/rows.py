@@ -8,8 +8,9 @@ from typing import Any
 from numba import float32, int64, void
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels.elements import ITEM_BYTES, KIND_BF16, KIND_F16, KIND_F32, load_widened, narrow
+from attn_dispatch_cpu.kernels.elements import load_widened, round_to
 from attn_dispatch_cpu.kernels.isa import Isa
+from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES, KIND_BF16, KIND_F16, KIND_F32
 from attn_dispatch_cpu.kernels.vector import F32, I16, Emit, Value, vec
 
 FLOATS = (KIND_F32, KIND_F16, KIND_BF16)
@@ -84,7 +85,7 @@ def make_store_row(isa: Isa) -> Any:
                     # The source is padded to whole vectors: only the target needs the mask.
                     x = b.fmul(e.load(e.add(source, e.mul(first, 4)), vec(F32, lanes)), times)
                     at = e.add(target, e.mul(first, ITEM_BYTES[which]))
-                    kept = narrow(e, which, x)
+                    kept = round_to(e, which, x)
                     if mask is None:
                         e.store(kept, at)
                     else:
@@ -101,7 +102,7 @@ def make_store_row(isa: Isa) -> Any:
 
 
 def make_collect_row(column_unit: int, dot: bool) -> Any:
-    """Build (accumulator, row, units, target f32): one row of a narrow tile's output, columns in their order.
+    """Build (accumulator, row, units, target f32): one row of a decode tile's output, columns in their order.
 
     The bf16 path accumulates a unit of 32 columns in the order that interleaving two rows gives: columns 8i..8i+3 of
     each 128-bit quarter i in one vector, 8i+4..8i+7 in the other.

@@ -1,7 +1,7 @@
 """Softmax over tiles of scores: 16 lanes at a time, online over chunks of the context.
 
-Both kernels keep their state per lane. In narrow tiles a lane is (row, one of 4 tokens) and the row's maximum is shared
-by its 4 lanes; in wide tiles a lane is a row. Scores arrive raw (q . k); `multiplier` takes them to powers of two.
+Every kernel keeps its state per lane. In decode tiles a lane is (row, one of 4 tokens) and the row's maximum is shared
+by its 4 lanes; in prefill tiles a lane is a row. Scores arrive raw (q . k); `multiplier` takes them to powers of two.
 """
 
 from __future__ import annotations
@@ -18,38 +18,39 @@ ROW = vec(F32, L)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, facts: Any, position: Any, step: Any,
+def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, limits: Any, position: Any, step: Any,
            token_scales: Any, flags: Any, scale: Any, cap: Any) -> Any:  # fmt: skip
     """Apply what is not a plain factor, in place: scores become base-2 logits, masked ones -inf.
 
     Arguments of the intrinsic:
         scores: f32[tiles][16], a tile every `tile_bytes`.
-        facts: f32[5][16] per lane: first visible position, one past the last, ALiBi slope, query position, offset of
-            the lane's token inside its tile (0 for wide tiles).
+        limits: of the 16 lanes, see `addressing.fill_lane_limits`. Positions are integers: f32 has none beyond 2^24.
         position: of the first tile's first token.
         step: tokens of a tile (4 or 1); `token_scales` advances by as many.
-        token_scales: f32 per token (f32[4] spread over the lanes of a narrow tile), or 0.
+        token_scales: f32 per token (f32[4] spread over the lanes of a decode tile), or 0.
         flags: 1 soft-cap, 2 ALiBi.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        scores, tiles, tile_bytes, facts, position, step, token_scales, flags, scale, cap = args
-        low, high, slope, query, offset = (e.load(e.add(facts, 64 * i), ROW) for i in range(5))
+        scores, tiles, tile_bytes, limits, position, step, token_scales, flags, scale, cap = args
+        whole = vec(I32, L)
+        low, high, query, offset = (e.load(e.add(limits, 64 * i), whole) for i in (0, 1, 3, 4))
+        slope = e.load(e.add(limits, 128), ROW)
         minus_inf = e.const(float("-inf"), L)
         scale = e.splat(scale, L)
         has_cap = b.icmp_signed("!=", b.and_(flags, e.index(1)), e.index(0))
         has_alibi = b.icmp_signed("!=", b.and_(flags, e.index(2)), e.index(0))
         has_scales = b.icmp_signed("!=", token_scales, e.index(0))
-        narrow = b.icmp_signed("==", step, e.index(4))
+        is_decode = b.icmp_signed("==", step, e.index(4))
         with e.loop(tiles) as i:
             at = e.add(scores, b.mul(i, tile_bytes))
             token = b.add(position, b.mul(i, step))
-            where = b.fadd(e.splat(b.sitofp(token, F32), L), offset)
+            where = b.add(e.splat(b.trunc(token, I32), L), offset)
             x = e.local(ROW, b.fmul(e.load(at, ROW), scale))
             with b.if_then(has_scales):
                 entry = e.add(token_scales, b.mul(b.mul(i, step), e.index(4)))
-                with b.if_else(narrow) as (then, otherwise):
+                with b.if_else(is_decode) as (then, otherwise):
                     with then:
                         four = e.load(entry, vec(F32, 4))
                         b.store(b.fmul(b.load(x), e.shuffle(four, four, [0, 1, 2, 3] * 4)), x)
@@ -58,10 +59,10 @@ def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, facts: Any, positi
             with b.if_then(has_cap):
                 b.store(b.fmul(e.splat(cap, L), _tanh(e, b.fdiv(b.load(x), e.splat(cap, L)))), x)
             with b.if_then(has_alibi):
-                away = b.fsub(query, where)
+                away = b.sitofp(b.sub(query, where), ROW)
                 away = e.maximum(away, b.fneg(away))
                 b.store(b.fsub(b.load(x), b.fmul(slope, away)), x)
-            seen = b.and_(b.fcmp_ordered(">=", where, low), b.fcmp_ordered("<", where, high))
+            seen = b.and_(b.icmp_signed(">=", where, low), b.icmp_signed("<", where, high))
             logits = b.fmul(b.load(x), e.const(LOG2E, L))
             e.store(b.select(seen, logits, minus_inf), at)
         return context.get_dummy_value()
@@ -99,10 +100,10 @@ def rescale(e: Emit, state: Value, peak: Value) -> tuple[Value, Value]:
     return shift, e.exp2(b.fsub(old, shift))
 
 
-def make_narrow_softmax(dot: bool) -> Any:
-    """Build the intrinsic of narrow tiles; weights are bf16 if `dot`, else f32.
+def make_decode_softmax(dot: bool) -> Any:
+    """Build the intrinsic of decode tiles; weights are bf16 if `dot`, else f32.
 
-    Its last four arguments are tables of the key and value tiles to fetch, and how many lines each has: of every four
+    Its last four args are tables of the key and value tiles to fetch, and how many lines each has: of every four
     lines the products leave one to this, so that memory does not rest meanwhile.
     """
 
@@ -148,11 +149,11 @@ def make_narrow_softmax(dot: bool) -> Any:
                 if dot:
                     e.store(e.round_bf16_fast(weight), e.add(weights, e.mul(i, 32)))
                 else:
-                    kept = e.local(ROW, weight)
+                    scaled_weight = e.local(ROW, weight)
                     with b.if_then(scaled):
                         four = e.load(e.add(token_scales, e.mul(i, 16)), vec(F32, 4))
-                        b.store(b.fmul(weight, e.shuffle(four, four, [0, 1, 2, 3] * 4)), kept)
-                    e.store(b.load(kept), e.add(weights, e.mul(i, 64)))
+                        b.store(b.fmul(weight, e.shuffle(four, four, [0, 1, 2, 3] * 4)), scaled_weight)
+                    e.store(b.load(scaled_weight), e.add(weights, e.mul(i, 64)))
             e.store(b.load(total), total_at)
             return context.get_dummy_value()
 
@@ -161,4 +162,4 @@ def make_narrow_softmax(dot: bool) -> Any:
     return softmax
 
 
-__all__ = ["ROW", "L", "adjust", "make_narrow_softmax", "rescale"]
+__all__ = ["ROW", "L", "adjust", "make_decode_softmax", "rescale"]

@@ -24,20 +24,15 @@ F16 = ir.HalfType()
 LOG2E = math.log2(math.e)
 
 
-class _BFloat(ir.types._BaseFloatType):  # type: ignore[misc]
-    """LLVM's `bfloat`, which llvmlite does not name."""
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's `bfloat`, which llvmlite does not name. No kernel has a constant of it."""
 
-    null = "0.0"
     intrinsic_name = "bf16"
 
     def __str__(self) -> str:
         return "bfloat"
 
-    def format_constant(self, val: float) -> str:
-        raise TypeError("bf16 constants are not needed by any kernel")
 
-
-_BFloat._create_instance()
 BF16 = _BFloat()
 
 
@@ -146,9 +141,9 @@ class Emit:
 
     def dot_bf16(self, acc: Value, a: Value, b: Value) -> Value:
         """acc + the sum over bf16 pairs of a * b: f32[16] + bf16[32] . bf16[32] (VDPBF16PS)."""
-        wide = vec(BF16, 32)
-        fnty = ir.FunctionType(acc.type, [acc.type, wide, wide])
-        args = [acc, self.b.bitcast(a, wide), self.b.bitcast(b, wide)]
+        pairs = vec(BF16, 32)
+        fnty = ir.FunctionType(acc.type, [acc.type, pairs, pairs])
+        args = [acc, self.b.bitcast(a, pairs), self.b.bitcast(b, pairs)]
         return self._call("llvm.x86.avx512bf16.dpbf16ps.512", fnty, args)
 
     def exp2(self, x: Value) -> Value:

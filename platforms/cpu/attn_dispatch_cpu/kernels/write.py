@@ -13,20 +13,11 @@ from numba import float64, int64, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels import job as J
-from attn_dispatch_cpu.kernels.elements import (
-    ITEM_BYTES,
-    KIND_BF16,
-    KIND_E4M3,
-    KIND_E5M2,
-    KIND_F16,
-    KIND_F32,
-    KIND_INT8,
-    load_widened,
-    narrow,
-)  # fmt: skip
+from attn_dispatch_cpu.kernels import arguments as A
+from attn_dispatch_cpu.kernels.elements import load_widened, round_to
 from attn_dispatch_cpu.kernels.isa import Isa
-from attn_dispatch_cpu.kernels.memory import read_f64, read_i64, take_ticket
+from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES, KIND_BF16, KIND_E4M3, KIND_E5M2, KIND_F16, KIND_F32, KIND_INT8
+from attn_dispatch_cpu.kernels.memory import read_f64, read_i64, take_item
 from attn_dispatch_cpu.kernels.rows import by_kind, in_pieces
 from attn_dispatch_cpu.kernels.vector import F32, I8, I32, Emit, Value, vec
 
@@ -109,7 +100,7 @@ def make_store_slot(isa: Isa, kind: int) -> Any:
                 x = b.select(b.fcmp_ordered(">", x, high), high, b.select(b.fcmp_ordered("<", x, low), low, x))
                 bits = quantised_bits(e, kind, x)
             else:
-                bits = narrow(e, kind, x)
+                bits = round_to(e, kind, x)
             at = e.add(target, e.mul(first, ITEM_BYTES[kind]))
             if mask is None:
                 e.store(bits, at)
@@ -143,19 +134,20 @@ def make_store_slot(isa: Isa, kind: int) -> Any:
 
 
 def make_write_kernel(isa: Isa, kind: int) -> Any:
-    """Build the kernel of one kind of cache, as a plain function `(job, worker)`; an item is a new token."""
+    """Build the kernel of one kind of cache, as a plain function; an item is a new token."""
     store_slot = make_store_slot(isa, kind)
 
-    def write(job: int, worker: int) -> None:
-        rows = read_i64(job + 8 * J.NEW_ROWS)
-        ticket = read_i64(job + 8 * J.TICKET)
-        slots = read_i64(job + 8 * J.SLOTS)
-        heads = read_i64(job + 8 * J.KV_HEADS)
-        size = read_i64(job + 8 * J.BLOCK_SIZE)
-        new_kind = read_i64(job + 8 * J.Q_KIND)
-        key_scales = read_i64(job + 8 * J.KEY_SCALES)
-        value_scales = read_i64(job + 8 * J.VALUE_SCALES)
-        row = take_ticket(ticket)
+    def write(args: int, call: int, worker: int) -> None:
+        rows = read_i64(args + 8 * A.NEW_ROWS)
+        slots = read_i64(args + 8 * A.SLOTS)
+        heads = read_i64(args + 8 * A.KV_HEADS)
+        size = read_i64(args + 8 * A.BLOCK_SIZE)
+        head_size = read_i64(args + 8 * A.HEAD_SIZE)
+        value_head_size = read_i64(args + 8 * A.VALUE_HEAD_SIZE)
+        new_kind = read_i64(args + 8 * A.Q_KIND)
+        key_scales = read_i64(args + 8 * A.KEY_SCALES)
+        value_scales = read_i64(args + 8 * A.VALUE_SCALES)
+        row = take_item(call)
         while row < rows:
             slot = read_i64(slots + 8 * row)
             if slot >= 0:
@@ -163,17 +155,17 @@ def make_write_kernel(isa: Isa, kind: int) -> Any:
                 at = slot - block * size
                 for head in range(heads):
                     scale = 4 * ((block * heads + head) * size + at)
-                    new = read_i64(job + 8 * J.NEW_KEY) + row * read_i64(job + 8 * J.NEW_KEY_TOKEN)
-                    target = read_i64(job + 8 * J.KEY) + block * read_i64(job + 8 * J.KEY_BLOCK)
-                    target += head * read_i64(job + 8 * J.KEY_HEAD) + at * read_i64(job + 8 * J.KEY_TOKEN)
-                    store_slot(new + head * read_i64(job + 8 * J.NEW_KEY_HEAD), new_kind, read_i64(job + 8 * J.DEPTH),
-                               target, key_scales + scale, read_f64(job + 8 * J.KEY_SCALE))  # fmt: skip
-                    new = read_i64(job + 8 * J.NEW_VALUE) + row * read_i64(job + 8 * J.NEW_VALUE_TOKEN)
-                    target = read_i64(job + 8 * J.VALUE) + block * read_i64(job + 8 * J.VALUE_BLOCK)
-                    target += head * read_i64(job + 8 * J.VALUE_HEAD) + at * read_i64(job + 8 * J.VALUE_TOKEN)
-                    store_slot(new + head * read_i64(job + 8 * J.NEW_VALUE_HEAD), new_kind, read_i64(job + 8 * J.WIDTH),
-                               target, value_scales + scale, read_f64(job + 8 * J.VALUE_SCALE))  # fmt: skip
-            row = take_ticket(ticket)
+                    new = read_i64(args + 8 * A.NEW_KEY) + row * read_i64(args + 8 * A.NEW_KEY_TOKEN)
+                    target = read_i64(args + 8 * A.KEY) + block * read_i64(args + 8 * A.KEY_BLOCK)
+                    target += head * read_i64(args + 8 * A.KEY_HEAD) + at * read_i64(args + 8 * A.KEY_TOKEN)
+                    store_slot(new + head * read_i64(args + 8 * A.NEW_KEY_HEAD), new_kind, head_size,
+                               target, key_scales + scale, read_f64(args + 8 * A.KEY_SCALE))  # fmt: skip
+                    new = read_i64(args + 8 * A.NEW_VALUE) + row * read_i64(args + 8 * A.NEW_VALUE_TOKEN)
+                    target = read_i64(args + 8 * A.VALUE) + block * read_i64(args + 8 * A.VALUE_BLOCK)
+                    target += head * read_i64(args + 8 * A.VALUE_HEAD) + at * read_i64(args + 8 * A.VALUE_TOKEN)
+                    store_slot(new + head * read_i64(args + 8 * A.NEW_VALUE_HEAD), new_kind, value_head_size,
+                               target, value_scales + scale, read_f64(args + 8 * A.VALUE_SCALE))  # fmt: skip
+            row = take_item(call)
 
     return write
 

@@ -11,138 +11,129 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from attn_dispatch_cpu.kernels import job as J
-from attn_dispatch_cpu.kernels.elements import ITEM_BYTES
+from attn_dispatch_cpu.kernels import arguments as A
+from attn_dispatch_cpu.kernels import scratch as S
+from attn_dispatch_cpu.kernels.addressing import fill_lane_limits, locate, region
+from attn_dispatch_cpu.kernels.decode_tiles import make_decode_tiles
 from attn_dispatch_cpu.kernels.isa import Isa
+from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES
 from attn_dispatch_cpu.kernels.memory import (
     fill_zero,
     read_f32,
     read_f64,
     read_i32,
     read_i64,
-    take_ticket,
+    take_item,
     write_f32,
     write_i64,
 )  # fmt: skip
-from attn_dispatch_cpu.kernels.narrow_tiles import make_narrow_tiles
-from attn_dispatch_cpu.kernels.places import fill_facts, locate
 from attn_dispatch_cpu.kernels.rows import make_collect_row, make_load_row, make_store_row
-from attn_dispatch_cpu.kernels.softmax import adjust, make_narrow_softmax
+from attn_dispatch_cpu.kernels.softmax import adjust, make_decode_softmax
 from attn_dispatch_cpu.kernels.vector import LOG2E
 
-MAX_CHUNK = 128  # tokens of one step; a block, or several small ones
 MIN_CHUNK = 32
 LN2 = math.log(2.0)
 NEG_INF = -math.inf
 
 
-def narrow_scratch_bytes(depth: int, width: int, heads: int, rows: int) -> int:
-    """Bytes of scratch that one worker needs: what `make_narrow_kernel` lays out, and room to align it."""
-    depth, width = -(-depth // 32) * 32, -(-width // 32) * 32
-    row_tiles = -(-rows // 4)
-    per_tile = 16 * depth + 16 * width + 128 + 320
-    return heads * row_tiles * per_tile + 80 * MAX_CHUNK + 8 * width + 4096
-
-
-def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
-    """Build the kernel of one kind of cache, as a plain function `(job, worker)` for Numba to compile."""
-    tiles_of = make_narrow_tiles(isa, kind, dot)
+def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
+    """Build the kernel of one kind of cache, as a plain function for Numba to compile."""
+    tiles_of = make_decode_tiles(isa, kind, dot)
     scores_tile, values_tiles = tiles_of.scores, tiles_of.values
-    column_unit, depth_unit = tiles_of.column_unit, tiles_of.depth_unit
+    column_unit, head_unit = tiles_of.column_unit, tiles_of.head_unit
     q_item = 2 if dot else 4
     item_bytes = ITEM_BYTES[kind]
-    softmax = make_narrow_softmax(dot)
+    softmax = make_decode_softmax(dot)
     load_row = make_load_row(isa, raw=dot)
     store_row = make_store_row(isa)
     collect_row = make_collect_row(column_unit, dot)
 
-    def narrow(job: int, worker: int) -> None:
-        items = read_i64(job + 8 * J.ITEMS)
-        ticket = read_i64(job + 8 * J.TICKET)
-        tile_table = read_i64(job + 8 * J.TILES)
-        group = read_i64(job + 8 * J.GROUP)
-        kv_heads = read_i64(job + 8 * J.KV_HEADS)
-        depth = read_i64(job + 8 * J.DEPTH)
-        width = read_i64(job + 8 * J.WIDTH)
-        key_token = read_i64(job + 8 * J.KEY_TOKEN)
-        key_head = read_i64(job + 8 * J.KEY_HEAD)
-        value_token = read_i64(job + 8 * J.VALUE_TOKEN)
-        value_head = read_i64(job + 8 * J.VALUE_HEAD)
-        block_size = read_i64(job + 8 * J.BLOCK_SIZE)
-        key_scales = read_i64(job + 8 * J.KEY_SCALES)
-        value_scales = read_i64(job + 8 * J.VALUE_SCALES)
-        flags = read_i64(job + 8 * J.FLAGS)
-        scale = read_f64(job + 8 * J.SCALE)
-        cap = read_f64(job + 8 * J.SOFT_CAP)
-        sinks = read_i64(job + 8 * J.SINKS)
-        query_start = read_i64(job + 8 * J.QUERY_START)
-        out_factor = read_f64(job + 8 * J.OUT_FACTOR)
+    def decode(args: int, call: int, worker: int) -> None:
+        items = read_i64(args + 8 * A.NUM_ITEMS)
+        tile_table = read_i64(args + 8 * A.ITEM_TABLE)
+        group = read_i64(args + 8 * A.GROUP_SIZE)
+        kv_heads = read_i64(args + 8 * A.KV_HEADS)
+        head_size = read_i64(args + 8 * A.HEAD_SIZE)
+        value_head_size = read_i64(args + 8 * A.VALUE_HEAD_SIZE)
+        key_token = read_i64(args + 8 * A.KEY_TOKEN)
+        key_head = read_i64(args + 8 * A.KEY_HEAD)
+        value_token = read_i64(args + 8 * A.VALUE_TOKEN)
+        value_head = read_i64(args + 8 * A.VALUE_HEAD)
+        block_size = read_i64(args + 8 * A.BLOCK_SIZE)
+        key_scales = read_i64(args + 8 * A.KEY_SCALES)
+        value_scales = read_i64(args + 8 * A.VALUE_SCALES)
+        flags = read_i64(args + 8 * A.FLAGS)
+        scale = read_f64(args + 8 * A.SCALE)
+        cap = read_f64(args + 8 * A.SOFT_CAP)
+        sinks = read_i64(args + 8 * A.SINKS)
+        query_start = read_i64(args + 8 * A.QUERY_START)
+        out_factor = read_f64(args + 8 * A.OUT_FACTOR)
 
         chunk = block_size
         if chunk < MIN_CHUNK:
             chunk = MIN_CHUNK // block_size * block_size
-        if chunk > MAX_CHUNK or read_i64(job + 8 * J.TABLE) == 0:
-            chunk = MAX_CHUNK
+        if chunk > S.DECODE_CHUNK or read_i64(args + 8 * A.TABLE) == 0:
+            chunk = S.DECODE_CHUNK
 
-        q_row = (depth + depth_unit - 1) // depth_unit * depth_unit * q_item
-        units = (width + column_unit - 1) // column_unit
+        q_row = (head_size + head_unit - 1) // head_unit * head_unit * q_item
+        units = (value_head_size + column_unit - 1) // column_unit
         acc_bytes = units * column_unit * 16
-        key_lines = depth * item_bytes * 4 // 64
-        value_lines = width * item_bytes * 4 // 64
-        zero_bytes = (width * item_bytes + 127) // 64 * 64
+        key_lines = head_size * item_bytes * 4 // 64
+        value_lines = value_head_size * item_bytes * 4 // 64
+        zero_bytes = (value_head_size * item_bytes + 127) // 64 * 64
 
-        base = (read_i64(job + 8 * J.SCRATCH) + worker * read_i64(job + 8 * J.SCRATCH_BYTES) + 63) // 64 * 64
-        factors = base
-        scores = factors + 64
-        weights = scores + 16 * MAX_CHUNK
-        keys_now = weights + 16 * MAX_CHUNK
-        keys_next = keys_now + 2 * MAX_CHUNK
-        values_now = keys_next + 2 * MAX_CHUNK
-        values_next = values_now + 2 * MAX_CHUNK
-        rows_now = values_next + 2 * MAX_CHUNK
-        key_factors = rows_now + 8 * MAX_CHUNK
-        value_factors = key_factors + 4 * MAX_CHUNK
-        key_bases = value_factors + 4 * MAX_CHUNK
-        value_bases = key_bases + 2 * MAX_CHUNK
-        entries = value_bases + 2 * MAX_CHUNK
-        zeros = entries + 2 * MAX_CHUNK
-        output_row = zeros + zero_bytes
-        per_item = (output_row + (4 * width + 191) // 64 * 64) // 64 * 64
+        factors = region(args, worker, S.FACTORS)
+        scores = region(args, worker, S.SCORES)
+        weights = region(args, worker, S.WEIGHTS)
+        keys_now = region(args, worker, S.KEYS_NOW)
+        keys_next = region(args, worker, S.KEYS_NEXT)
+        values_now = region(args, worker, S.VALUES_NOW)
+        values_next = region(args, worker, S.VALUES_NEXT)
+        rows_now = region(args, worker, S.VALUE_ROWS)
+        key_factors = region(args, worker, S.KEY_FACTORS)
+        value_factors = region(args, worker, S.VALUE_FACTORS)
+        key_bases = region(args, worker, S.KEY_BASES)
+        value_bases = region(args, worker, S.VALUE_BASES)
+        entries = region(args, worker, S.ENTRIES)
+        zeros = region(args, worker, S.ZEROS)
+        output_row = region(args, worker, S.ROW)
+        limits = region(args, worker, S.LIMITS)
+        state = region(args, worker, S.STATE)
+        acc = region(args, worker, S.ACC)
+        q_rows = region(args, worker, S.QUERIES)
         fill_zero(zeros, zero_bytes)
 
-        item = take_ticket(ticket)
+        item = take_item(call)
         while item < items:
             next_item = -1  # taken as late as can be: another worker may be free before this one
-            tile = tile_table + item * (4 * J.TILE_WORDS)
-            sequence = read_i32(tile + 4 * J.TILE_SEQUENCE)
-            queries = read_i32(tile + 4 * J.TILE_QUERIES)
-            begin = read_i32(tile + 4 * J.TILE_BEGIN)
-            end = read_i32(tile + 4 * J.TILE_END)
-            part = read_i32(tile + 4 * J.TILE_PART)
-            head_first = read_i32(tile + 4 * J.TILE_HEAD)
-            heads = read_i32(tile + 4 * J.TILE_HEADS)
-            counts_sink = sinks != 0 and read_i32(tile + 4 * J.TILE_SINK) != 0
-            token = read_i32(query_start + 4 * sequence) + read_i32(tile + 4 * J.TILE_QUERY)
+            tile = tile_table + item * (4 * A.ITEM_WORDS)
+            sequence = read_i32(tile + 4 * A.ITEM_SEQUENCE)
+            queries = read_i32(tile + 4 * A.ITEM_QUERIES)
+            begin = read_i32(tile + 4 * A.ITEM_BEGIN)
+            end = read_i32(tile + 4 * A.ITEM_END)
+            part = read_i32(tile + 4 * A.ITEM_PART)
+            head_first = read_i32(tile + 4 * A.ITEM_HEAD)
+            heads = read_i32(tile + 4 * A.ITEM_HEADS)
+            counts_sink = sinks != 0 and read_i32(tile + 4 * A.ITEM_SINK) != 0
+            token = read_i32(query_start + 4 * sequence) + read_i32(tile + 4 * A.ITEM_QUERY)
             rows = queries * group
             row_tiles = (rows + 3) // 4
             head_tiles = heads * row_tiles
 
-            facts = per_item
-            state = facts + head_tiles * 320
-            acc = state + head_tiles * 128
-            q_rows = (acc + head_tiles * acc_bytes + 63) // 64 * 64
             fill_zero(acc, head_tiles * acc_bytes)
             fill_zero(q_rows, head_tiles * 4 * q_row)  # rows that pad a tile are 0
-            q_first = read_i64(job + 8 * J.Q) + token * read_i64(job + 8 * J.Q_TOKEN)
+            q_first = read_i64(args + 8 * A.Q) + token * read_i64(args + 8 * A.Q_TOKEN)
             highest_low = begin
             lowest_high = end
             for h in range(heads):
                 head = head_first + h
                 for r in range(rows):
-                    q_at = q_first + (r // group) * read_i64(job + 8 * J.Q_TOKEN)
-                    q_at += (head * group + r % group) * read_i64(job + 8 * J.Q_HEAD)
-                    load_row(q_at, read_i64(job + 8 * J.Q_KIND), depth, q_rows + (4 * h * row_tiles + r) * q_row)
-                highest_low, lowest_high = fill_facts(job, tile, head, rows, 4, facts + h * row_tiles * 320)
+                    q_at = q_first + (r // group) * read_i64(args + 8 * A.Q_TOKEN)
+                    q_at += (head * group + r % group) * read_i64(args + 8 * A.Q_HEAD)
+                    load_row(q_at, read_i64(args + 8 * A.Q_KIND), head_size, q_rows + (4 * h * row_tiles + r) * q_row)
+                highest_low, lowest_high = fill_lane_limits(
+                    args, tile, head, rows, 4, limits + h * row_tiles * S.LIMIT_BYTES
+                )
                 for lane in range(row_tiles * 16):
                     peak = NEG_INF
                     total = 0.0
@@ -150,7 +141,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                         peak = read_f32(sinks + 4 * (head * group + (lane // 4) % group)) * LOG2E
                         if lane % 4 == 0 and peak > NEG_INF:
                             total = 1.0
-                    at = state + (h * row_tiles + lane // 16) * 128 + 4 * (lane % 16)
+                    at = state + (h * row_tiles + lane // 16) * S.STATE_BYTES + 4 * (lane % 16)
                     write_f32(at, peak)
                     write_f32(at + 64, total)
 
@@ -161,7 +152,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                 last = min((first // chunk + 1) * chunk, end)
                 tiles = (last - first + 3) // 4
                 for i in range(tiles):
-                    key, value, entry = locate(job, sequence, first + 4 * i)
+                    key, value, entry = locate(args, sequence, first + 4 * i)
                     write_i64(key_bases + 8 * i, key)
                     write_i64(value_bases + 8 * i, value)
                     write_i64(entries + 8 * i, entry)
@@ -204,17 +195,17 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                         ahead_sequence = sequence
                         ahead_head = head_first
                         if ahead_first >= end:
-                            next_item = take_ticket(ticket)
+                            next_item = take_item(call)
                         if 0 <= next_item < items:
-                            ahead_tile = tile_table + next_item * (4 * J.TILE_WORDS)
-                            ahead_sequence = read_i32(ahead_tile + 4 * J.TILE_SEQUENCE)
-                            ahead_first = read_i32(ahead_tile + 4 * J.TILE_BEGIN) // 4 * 4
-                            ahead_end = read_i32(ahead_tile + 4 * J.TILE_END)
-                            ahead_head = read_i32(ahead_tile + 4 * J.TILE_HEAD)
+                            ahead_tile = tile_table + next_item * (4 * A.ITEM_WORDS)
+                            ahead_sequence = read_i32(ahead_tile + 4 * A.ITEM_SEQUENCE)
+                            ahead_first = read_i32(ahead_tile + 4 * A.ITEM_BEGIN) // 4 * 4
+                            ahead_end = read_i32(ahead_tile + 4 * A.ITEM_END)
+                            ahead_head = read_i32(ahead_tile + 4 * A.ITEM_HEAD)
                         ahead_last = min((ahead_first // chunk + 1) * chunk, ahead_end)
                         ahead_tiles = (ahead_last - ahead_first + 3) // 4
                         for i in range(ahead_tiles):
-                            key, value, entry = locate(job, ahead_sequence, ahead_first + 4 * i)
+                            key, value, entry = locate(args, ahead_sequence, ahead_first + 4 * i)
                             write_i64(key_bases + 8 * i, key)
                             write_i64(value_bases + 8 * i, value)
                             write_i64(entries + 8 * i, entry)
@@ -227,17 +218,19 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     for r in range(row_tiles):
                         which = h * row_tiles + r
                         for i in range(tiles):
-                            scores_tile(q_rows + 4 * which * q_row, q_row, read_i64(keys_now + 8 * i), key_token, depth,
-                                        scores + 64 * i, read_i64(keys_next + 8 * i))  # fmt: skip
+                            scores_tile(q_rows + 4 * which * q_row, q_row, read_i64(keys_now + 8 * i), key_token,
+                                        head_size, scores + 64 * i, read_i64(keys_next + 8 * i))  # fmt: skip
                         multiplier = scale * LOG2E
                         if special:
-                            adjust(scores, tiles, 64, facts + 320 * which, first, 4,
+                            adjust(scores, tiles, 64, limits + S.LIMIT_BYTES * which, first, 4,
                                    key_factors if key_scales != 0 else 0, flags, scale, cap)  # fmt: skip
                             multiplier = 1.0
-                        softmax(scores, tiles, weights, state + 128 * which, factors,
+                        softmax(scores, tiles, weights, state + S.STATE_BYTES * which, factors,
                                 value_factors if value_scales != 0 else 0, multiplier, keys_next, values_next,
                                 key_lines, value_lines)  # fmt: skip
-                        values_tiles(acc + which * acc_bytes, weights, rows_now, tiles, width, factors, values_next)
+                        values_tiles(
+                            acc + which * acc_bytes, weights, rows_now, tiles, value_head_size, factors, values_next
+                        )
                 first = last
                 last = ahead_last
                 tiles = ahead_tiles
@@ -245,7 +238,7 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
             for h in range(heads):
                 for r in range(rows):
                     which = h * row_tiles + r // 4
-                    at = state + which * 128 + 16 * (r % 4)
+                    at = state + which * S.STATE_BYTES + 16 * (r % 4)
                     peak = read_f32(at)
                     total = read_f32(at + 64) + read_f32(at + 68) + read_f32(at + 72) + read_f32(at + 76)
                     lse = NEG_INF
@@ -256,19 +249,25 @@ def make_narrow_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     collect_row(acc + which * acc_bytes, r % 4, units, output_row)
                     head_row = (head_first + h) * group + r % group
                     if part < 0:
-                        out = read_i64(job + 8 * J.OUT) + (token + r // group) * read_i64(job + 8 * J.OUT_TOKEN)
-                        store_row(output_row, factor, read_i64(job + 8 * J.OUT_KIND), width,
-                                  out + head_row * read_i64(job + 8 * J.OUT_HEAD))  # fmt: skip
-                        lses = read_i64(job + 8 * J.LSE)
+                        out = read_i64(args + 8 * A.OUT) + (token + r // group) * read_i64(args + 8 * A.OUT_TOKEN)
+                        store_row(output_row, factor, read_i64(args + 8 * A.OUT_KIND), value_head_size,
+                                  out + head_row * read_i64(args + 8 * A.OUT_HEAD))  # fmt: skip
+                        lses = read_i64(args + 8 * A.LSE)
                         if lses != 0:
                             write_f32(lses + 4 * ((token + r // group) * kv_heads * group + head_row), lse)
                     else:
-                        entry = (part * kv_heads + head_first + h) * read_i64(job + 8 * J.PARTIAL_ROWS) + r
-                        store_row(output_row, factor, 0, width, read_i64(job + 8 * J.PARTIAL_OUT) + entry * 4 * width)
-                        write_f32(read_i64(job + 8 * J.PARTIAL_LSE) + 4 * entry, lse)
-            item = next_item if next_item >= 0 else take_ticket(ticket)
+                        entry = (part * kv_heads + head_first + h) * read_i64(args + 8 * A.PARTIAL_ROWS) + r
+                        store_row(
+                            output_row,
+                            factor,
+                            0,
+                            value_head_size,
+                            read_i64(args + 8 * A.PARTIAL_OUT) + entry * 4 * value_head_size,
+                        )
+                        write_f32(read_i64(args + 8 * A.PARTIAL_LSE) + 4 * entry, lse)
+            item = next_item if next_item >= 0 else take_item(call)
 
-    return narrow
+    return decode
 
 
-__all__ = ["make_narrow_kernel", "narrow_scratch_bytes"]
+__all__ = ["make_decode_kernel"]

@@ -13,12 +13,12 @@ from typing import Any
 from numba import float32, int64, void
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels.elements import ITEM_BYTES, load_widened
+from attn_dispatch_cpu.kernels.elements import load_widened
 from attn_dispatch_cpu.kernels.isa import Isa
+from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES
+from attn_dispatch_cpu.kernels.scratch import PREFILL_ROWS as ROWS
 from attn_dispatch_cpu.kernels.softmax import ROW, L, rescale
 from attn_dispatch_cpu.kernels.vector import F32, I16, I32, Emit, Value, vec
-
-ROWS = 64  # query rows of an item, padded: the lanes that all tiles run over
 
 
 def make_product(isa: Isa, dot: bool) -> Any:
@@ -31,18 +31,18 @@ def make_product(isa: Isa, dot: bool) -> Any:
     accumulator = vec(F32, lanes)
     element = I32 if dot else F32
 
-    def tile(e: Emit, a: Value, a_m: Value, a_k: Value, right: Value, steps: Value, out: Value, count: int, wide: int,
-             factors: Value) -> None:  # fmt: skip
+    def tile(e: Emit, a: Value, a_m: Value, a_k: Value, right: Value, steps: Value, out: Value, count: int,
+             vectors: int, factors: Value) -> None:  # fmt: skip
         b = e.b
-        sums = [[e.local(accumulator, e.const(0.0, lanes)) for _ in range(wide)] for _ in range(count)]
+        sums = [[e.local(accumulator, e.const(0.0, lanes)) for _ in range(vectors)] for _ in range(count)]
         starts = [e.add(a, e.mul(a_m, i)) for i in range(count)]
         with e.loop(steps) as k:
             at = e.add(right, e.mul(k, 4 * ROWS))
-            rows = [e.load(e.add(at, 4 * lanes * v), accumulator) for v in range(wide)]
+            rows = [e.load(e.add(at, 4 * lanes * v), accumulator) for v in range(vectors)]
             offset = b.mul(k, a_k)
             for i in range(count):
                 spread = e.splat(e.load(e.add(starts[i], offset), element), lanes)
-                for v in range(wide):
+                for v in range(vectors):
                     old = b.load(sums[i][v])
                     if dot:
                         pairs = vec(I16, 32)
@@ -52,13 +52,13 @@ def make_product(isa: Isa, dot: bool) -> Any:
                     b.store(new, sums[i][v])
         # What was there before is added last, so that no sum runs over more than the steps of one call.
         with b.if_then(b.icmp_signed("!=", factors, e.index(0))):
-            for v in range(wide):
+            for v in range(vectors):
                 factor = e.load(e.add(factors, 4 * lanes * v), accumulator)
                 for i in range(count):
                     before = e.load(e.add(out, 4 * ROWS * i + 4 * lanes * v), accumulator)
                     b.store(e.fma(before, factor, b.load(sums[i][v])), sums[i][v])
         for i in range(count):
-            for v in range(wide):
+            for v in range(vectors):
                 e.store(b.load(sums[i][v]), e.add(out, 4 * ROWS * i + 4 * lanes * v))
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -68,8 +68,8 @@ def make_product(isa: Isa, dot: bool) -> Any:
             e, b = Emit(builder), builder
             a, a_m, a_k, right, steps, out, m, rows, factors = args
 
-            def columns(wide: int, first_row: Value) -> None:
-                """All m outputs for `wide` vectors of rows."""
+            def columns(vectors: int, first_row: Value) -> None:
+                """All m outputs for `vectors` vectors of rows."""
                 shift = e.mul(first_row, 4)
                 right_at, out_at = e.add(right, shift), e.add(out, shift)
                 none = b.icmp_signed("==", factors, e.index(0))
@@ -78,12 +78,12 @@ def make_product(isa: Isa, dot: bool) -> Any:
                 with e.loop(whole) as i:
                     at = e.mul(i, isa.tile_tokens)
                     tile(e, e.add(a, b.mul(at, a_m)), a_m, a_k, right_at, steps, e.add(out_at, e.mul(at, 4 * ROWS)),
-                         isa.tile_tokens, wide, factors_at)  # fmt: skip
+                         isa.tile_tokens, vectors, factors_at)  # fmt: skip
                 done = e.mul(whole, isa.tile_tokens)
                 with e.loop(b.sub(m, done)) as i:
                     at = b.add(done, i)
                     tile(e, e.add(a, b.mul(at, a_m)), a_m, a_k, right_at, steps, e.add(out_at, e.mul(at, 4 * ROWS)),
-                         1, wide, factors_at)  # fmt: skip
+                         1, vectors, factors_at)  # fmt: skip
 
             step = isa.tile_vectors * lanes
             whole_rows = b.udiv(rows, e.index(step))
@@ -142,8 +142,8 @@ def make_widen_row(isa: Isa, kind: int) -> Any:
             rest = b.urem(count, e.index(lanes))
             with b.if_then(b.icmp_signed(">", rest, e.index(0))):
                 at = e.add(source, e.mul(whole, lanes * ITEM_BYTES[kind]))
-                wide = load_widened(e, kind, at, lanes, e.lanes_below(rest, lanes))
-                e.store(wide, e.add(target, e.mul(whole, 4 * lanes)))
+                widened = load_widened(e, kind, at, lanes, e.lanes_below(rest, lanes))
+                e.store(widened, e.add(target, e.mul(whole, 4 * lanes)))
             return context.get_dummy_value()
 
         return void(int64, int64, int64), codegen
@@ -151,7 +151,7 @@ def make_widen_row(isa: Isa, kind: int) -> Any:
     return widen_row
 
 
-def make_wide_softmax(dot: bool) -> Any:
+def make_prefill_softmax(dot: bool) -> Any:
     """Build (scores, tokens, weights, state, factors, token_scales, multiplier) for one vector of 16 rows.
 
     Scores and weights are `[token][64 rows]`; with the dot product weights are `[token / 2][64 rows][2]` bf16, and the
@@ -187,11 +187,11 @@ def make_wide_softmax(dot: bool) -> Any:
                     e.store(mixed, e.add(weights, e.mul(i, 4 * ROWS)))
             else:
                 with e.loop(tokens) as i:
-                    kept = e.local(ROW, weight_of(i))
+                    weight = e.local(ROW, weight_of(i))
                     with b.if_then(scaled):
                         times = e.splat(e.load(e.add(token_scales, e.mul(i, 4)), F32), L)
-                        b.store(b.fmul(b.load(kept), times), kept)
-                    e.store(b.load(kept), e.add(weights, e.mul(i, 4 * ROWS)))
+                        b.store(b.fmul(b.load(weight), times), weight)
+                    e.store(b.load(weight), e.add(weights, e.mul(i, 4 * ROWS)))
             e.store(b.load(total), total_at)
             return context.get_dummy_value()
 
@@ -200,4 +200,4 @@ def make_wide_softmax(dot: bool) -> Any:
     return softmax
 
 
-__all__ = ["ROWS", "interleave_rows", "make_product", "make_wide_softmax", "make_widen_row"]
+__all__ = ["ROWS", "interleave_rows", "make_prefill_softmax", "make_product", "make_widen_row"]

@@ -19,43 +19,44 @@ from typing import Any
 from numba import int64, void
 from numba.extending import intrinsic
 
-from attn_dispatch_cpu.kernels.elements import ITEM_BYTES, load_widened
+from attn_dispatch_cpu.kernels.elements import load_widened
 from attn_dispatch_cpu.kernels.isa import Isa
+from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES
+from attn_dispatch_cpu.kernels.scratch import DECODE_ROWS as ROWS
+from attn_dispatch_cpu.kernels.scratch import DECODE_TOKENS as TOKENS
 from attn_dispatch_cpu.kernels.vector import F32, I16, I32, I64, Emit, Value, vec
 
-ROWS = 4
-TOKENS = 4
 LANES = ROWS * TOKENS
 LATER = 3  # of every 4 lines to fetch, the one that softmax asks for: memory is not to rest while it computes
 UNITS = 4  # f32 units, or pairs of them, that one pass over the values accumulates: 64 columns at 16 lanes
 
 
 @dataclass(frozen=True)
-class NarrowTiles:
+class DecodeTiles:
     """The micro-kernels of one kind of cache, as Numba intrinsics, and the layout that they share.
 
     Attributes:
         scores: (q, q_row_bytes, key, token_bytes, D, out, ahead).
         values: (acc, weights, token addresses, tiles, Dv, factors, addresses of tiles to fetch).
         column_unit: columns of one unit of the output accumulator.
-        depth_unit: elements of q and of a key taken per step; q rows are zero-padded to a multiple.
+        head_unit: elements of q and of a key taken per step; q rows are zero-padded to a multiple.
     """
 
     scores: Any
     values: Any
     column_unit: int
-    depth_unit: int
+    head_unit: int
 
 
-def make_narrow_tiles(isa: Isa, kind: int, dot: bool, locality: int = 2) -> NarrowTiles:
+def make_decode_tiles(isa: Isa, kind: int, dot: bool, locality: int = 2) -> DecodeTiles:
     """Build the micro-kernels for a cache of `kind`; `dot`: queries and cache are bf16 and the CPU multiplies them."""
     column_unit = 32 if dot else isa.lanes
-    depth_unit = 32 if dot else isa.lanes
-    scores = _scores(isa, kind, dot, depth_unit, locality)
-    return NarrowTiles(scores, _values(isa, kind, dot, column_unit, locality), column_unit, depth_unit)
+    head_unit = 32 if dot else isa.lanes
+    scores = _scores(isa, kind, dot, head_unit, locality)
+    return DecodeTiles(scores, _values(isa, kind, dot, column_unit, locality), column_unit, head_unit)
 
 
-def _scores(isa: Isa, kind: int, dot: bool, depth_unit: int, locality: int) -> Any:
+def _scores(isa: Isa, kind: int, dot: bool, head_unit: int, locality: int) -> Any:
     """4 tokens x 4 rows; q is laid out `[row][D]`."""
     lanes = isa.lanes
     item, q_item = ITEM_BYTES[kind], 2 if dot else 4
@@ -63,7 +64,7 @@ def _scores(isa: Isa, kind: int, dot: bool, depth_unit: int, locality: int) -> A
 
     def step(e: Emit, sums: list[list[Value]], queries: list[Value], keys: list[Value], offset: Value, q_offset: Value,
              mask: Value | None) -> None:  # fmt: skip
-        """Multiply one depth unit of 4 tokens with that of some rows."""
+        """Multiply one head_size unit of 4 tokens with that of some rows."""
         columns = []
         for key in keys:
             at = e.add(key, offset)
@@ -78,28 +79,26 @@ def _scores(isa: Isa, kind: int, dot: bool, depth_unit: int, locality: int) -> A
                 e.b.store(e.dot_bf16(old, column, row) if dot else e.fma(column, row, old), sums[r][t])
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def scores(tc: Any, q: Any, q_row: Any, key: Any, token: Any, depth: Any, out: Any, ahead: Any) -> Any:
+    def scores(tc: Any, q: Any, q_row: Any, key: Any, token: Any, head_size: Any, out: Any, ahead: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e, b = Emit(builder), builder
-            q, q_row, key, token, depth, out, ahead = args
-            whole, rest = b.udiv(depth, e.index(depth_unit)), b.urem(depth, e.index(depth_unit))
+            q, q_row, key, token, head_size, out, ahead = args
+            whole, rest = b.udiv(head_size, e.index(head_unit)), b.urem(head_size, e.index(head_unit))
             keys = [e.add(key, e.mul(token, t)) for t in range(TOKENS)]
             for first in range(0, ROWS, isa.rows_per_pass):
                 queries = [e.add(q, e.mul(q_row, first + r)) for r in range(isa.rows_per_pass)]
                 sums = [[e.local(accumulator, e.const(0.0, lanes)) for _ in range(TOKENS)] for _ in queries]
                 with e.loop(whole) as i:
-                    step(e, sums, queries, keys, e.mul(i, depth_unit * item), e.mul(i, depth_unit * q_item), None)
+                    step(e, sums, queries, keys, e.mul(i, head_unit * item), e.mul(i, head_unit * q_item), None)
                     if first == 0:
                         # The tile's rows lie side by side: line after line, whatever row it belongs to.
-                        start = e.add(ahead, e.mul(i, TOKENS * depth_unit * item))
-                        for line in range(TOKENS * depth_unit * item // 64):
+                        start = e.add(ahead, e.mul(i, TOKENS * head_unit * item))
+                        for line in range(TOKENS * head_unit * item // 64):
                             if line % 4 != LATER:
                                 e.prefetch(e.add(start, 64 * line), locality)
                 with b.if_then(b.icmp_signed(">", rest, e.index(0)), likely=False):
-                    mask = e.lanes_below(rest, depth_unit)
-                    step(
-                        e, sums, queries, keys, e.mul(whole, depth_unit * item), e.mul(whole, depth_unit * q_item), mask
-                    )
+                    mask = e.lanes_below(rest, head_unit)
+                    step(e, sums, queries, keys, e.mul(whole, head_unit * item), e.mul(whole, head_unit * q_item), mask)
                 totals = reduce_tile(e, [[b.load(s) for s in row] for row in sums])
                 for n, total in enumerate(totals):
                     e.store(total, e.add(out, first * TOKENS * 4 + n * total.type.count * 4))
@@ -198,12 +197,15 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
         """Run over all tokens for `count` units of columns that begin `offset` bytes into a row."""
         b = e.b
         sums = {}
-        places = {(r, c): e.add(acc, (c // vectors) * unit_bytes + r * column_unit * 4 + (c % vectors) * lanes * 4)
-                  for r in rows for c in range(count * vectors)}  # fmt: skip
+        accumulators = {
+            (r, c): e.add(acc, (c // vectors) * unit_bytes + (r * column_unit + (c % vectors) * lanes) * 4)
+            for r in rows
+            for c in range(count * vectors)
+        }
         for r in rows:
             factor = e.splat(e.load(e.add(factors, r * TOKENS * 4), F32), lanes)
             for c in range(count * vectors):
-                sums[r, c] = e.local(accumulator, b.fmul(e.load(places[r, c], accumulator), factor))
+                sums[r, c] = e.local(accumulator, b.fmul(e.load(accumulators[r, c], accumulator), factor))
         with e.loop(tiles) as i:
             entry = e.add(table, e.mul(i, 8 * TOKENS))
             at = [e.add(e.load(e.add(entry, 8 * t), I64), offset) for t in range(TOKENS)]
@@ -213,27 +215,29 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
                 for line in range(TOKENS * count * column_unit * item // 64):
                     if line % 4 != LATER:
                         e.prefetch(e.add(next_tile, 64 * line), locality)
-        for place, slot in sums.items():
-            e.store(b.load(slot), places[place])
+        for key, slot in sums.items():
+            e.store(b.load(slot), accumulators[key])
 
     @intrinsic  # type: ignore[untyped-decorator]
-    def values(tc: Any, acc: Any, weights: Any, table: Any, tiles: Any, width: Any, factors: Any, ahead: Any) -> Any:
+    def values(
+        tc: Any, acc: Any, weights: Any, table: Any, tiles: Any, value_head_size: Any, factors: Any, ahead: Any
+    ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             e, b = Emit(builder), builder
-            acc, weights, table, tiles, width, factors, ahead = args
-            wide = units * column_unit
-            groups = b.udiv(width, e.index(wide))
+            acc, weights, table, tiles, value_head_size, factors, ahead = args
+            group_columns = units * column_unit
+            groups = b.udiv(value_head_size, e.index(group_columns))
             for first in range(0, ROWS, isa.rows_per_pass):
                 rows = range(first, first + isa.rows_per_pass)
                 with e.loop(groups) as g:
                     group(e, rows, units, e.add(acc, e.mul(g, units * unit_bytes)), weights, table, tiles,
-                          e.mul(g, wide * item), factors, ahead, None, first == 0)  # fmt: skip
+                          e.mul(g, group_columns * item), factors, ahead, None, first == 0)  # fmt: skip
                 # What is left, one unit at a time; the last may be partly outside the row.
-                done = e.mul(groups, wide)
-                left = b.udiv(e.add(b.sub(width, done), column_unit - 1), e.index(column_unit))
+                done = e.mul(groups, group_columns)
+                left = b.udiv(e.add(b.sub(value_head_size, done), column_unit - 1), e.index(column_unit))
                 with e.loop(left) as u:
                     column = e.add(done, e.mul(u, column_unit))
-                    mask = e.lanes_below(b.sub(width, column), column_unit)
+                    mask = e.lanes_below(b.sub(value_head_size, column), column_unit)
                     unit = b.udiv(column, e.index(column_unit))
                     group(e, rows, 1, e.add(acc, e.mul(unit, unit_bytes)), weights, table, tiles,
                           e.mul(column, item), factors, ahead, mask, first == 0)  # fmt: skip
@@ -244,4 +248,4 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
     return values
 
 
-__all__ = ["LANES", "ROWS", "TOKENS", "NarrowTiles", "make_narrow_tiles"]
+__all__ = ["LANES", "ROWS", "TOKENS", "DecodeTiles", "make_decode_tiles"]
