@@ -12,11 +12,13 @@ The platform is detected and the installed backends are ranked when this module 
 imported when its backend is first used.
 """
 
+import os as _os
 import warnings as _warnings
 from dataclasses import replace as _replace
 
 from attn_dispatch import dispatch as _dispatch
 from attn_dispatch import errors
+from attn_dispatch import observe as _observe
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
 from attn_dispatch.contract import (
@@ -32,18 +34,28 @@ from attn_dispatch.contract import (
 from attn_dispatch.dispatch import Explanation, backends, explain, use_backend
 from attn_dispatch.hardware import Platform
 from attn_dispatch.merge import merge_states
+from attn_dispatch.observe import stats
+
+_observe.configure(_os.environ)
 
 platform: Platform = _dispatch.machine()
-"""What this machine is: `.name` ("cpu", "cuda", "rocm", "xpu", "tpu"), `.description`, `.facts`. With
-ATTN_DISPATCH_PLATFORM, what it is to be treated as."""
+"""What this machine is: `.name` ("cpu", "cuda"...), `.description`, `.facts`. With ATTN_DISPATCH_PLATFORM, what it is
+to be treated as."""
 
-default_backend: str | None = None
-"""The backend that is tried first when none is named, as of import; a spec that it refuses goes to the next."""
+default_backend: str | None
+"""The backend that is tried first: the one that is named, or the first that could run here; a spec that it refuses
+goes to the next. Worked out when it is asked for, as plug-ins have to be loaded to say whether they could."""
+
+
+def __getattr__(name: str) -> str | None:
+    if name == "default_backend":
+        return _dispatch.default_backend()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 try:
     platform = _replace(platform, name=_dispatch.platform())
-    default_backend = _dispatch.default_backend()
-except errors.EnvironmentVariableError as _error:
+except (errors.EnvironmentVariableError, errors.UnknownBackendError) as _error:
     # Raised again by whatever chooses a backend; importing must still be possible, to be able to say so.
     _warnings.warn(errors.AttentionDispatchWarning(str(_error)), stacklevel=2)
 
@@ -73,5 +85,6 @@ __all__ = [
     "explain",
     "merge_states",
     "platform",
+    "stats",
     "use_backend",
 ]

@@ -212,6 +212,5 @@ def attention(
         SpecError: a parameter does not fit the spec.
     """
     parameters = LayerParameters(spec, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
-    chosen = dispatch.choose(spec, backend, scaled=parameters.scaled)
-    named = (backend.name, "the backend= argument") if isinstance(backend, Backend) else dispatch.requested(backend)
-    return Attention(spec, chosen, parameters, named)
+    selection = dispatch.select(spec, backend, scaled=parameters.scaled)
+    return Attention(spec, selection.backend, parameters, (selection.requested, selection.source))

@@ -138,6 +138,14 @@ class Backend(abc.ABC):
     def probe(self) -> Availability:
         """Say whether this machine could run the backend, from files and package metadata alone."""
 
+    def import_vendor(self) -> None:
+        """Import the libraries that the backend computes with.
+
+        Called when it has been chosen without having been named: one that cannot be imported (built for another
+        version, a missing shared library) then leaves the choice to the next backend, with its error as the verdict.
+        """
+        return
+
     @abc.abstractmethod
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Say whether it computes this spec correctly; every field takes part. `accept` and `refuse` make answers."""

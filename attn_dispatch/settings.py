@@ -20,6 +20,8 @@ VARIABLES: Mapping[str, str] = {
     "ATTN_DISPATCH_PLATFORM": f"the platform to choose for, instead of the one found: {', '.join(hardware.NAMES)}",
     "ATTN_DISPATCH_NUM_THREADS": "threads of backends that compute on the CPU (default: what the process was given)",
     "ATTN_DISPATCH_CACHE_DIR": "folder for converted models, machine code and tuning tables",
+    "ATTN_DISPATCH_LOG": "debug, info, warning or error: a log on standard error; anything else: a file for all of it",
+    "ATTN_DISPATCH_STATS": "1: count runs and print the counters when the process ends; a file: as JSON there",
 }
 """The core's own. A plug-in declares its by entry point, in the group `attn_dispatch.environment`."""
 
@@ -68,7 +70,8 @@ class Settings:
             disable=_names(environ.get(f"{PREFIX}DISABLE", "")),
             platform=platform,
             num_threads=int(threads) if threads else None,
-            cache_dir=environ.get(f"{PREFIX}CACHE_DIR") or None,
+            # A shell replaces the ~ of NAME=~/x, but not that of a file of variables, or of a container's.
+            cache_dir=os.path.expanduser(environ.get(f"{PREFIX}CACHE_DIR", "")) or None,
         )
 
 

@@ -19,10 +19,12 @@ PLATFORMS = CORE.parent / "platforms"
 
 FLOORS = [
     {"errors", "contract", "hardware"},
-    {"settings", "merge"},
+    {"settings", "merge", "observe"},
     {"call"},
     {"backend"},
-    {"reference", "registry", "cache"},
+    {"reference", "registry", "cache", "explanation"},
+    {"installed"},
+    {"request"},
     {"dispatch"},
     {"attention"},
     {"variants"},
@@ -129,7 +131,7 @@ import json, sys
 import numpy
 before = set(sys.modules)
 import attn_dispatch as ad
-assert ad.platform.name and ad.default_backend
+assert ad.platform.name
 print(json.dumps(sorted({m.partition(".")[0] for m in set(sys.modules) - before})))
 """
 

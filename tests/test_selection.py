@@ -14,7 +14,7 @@ from textwrap import dedent
 import pytest
 
 import attn_dispatch as ad
-from attn_dispatch import dispatch
+from attn_dispatch import dispatch, installed
 from attn_dispatch.errors import (
     BackendLoadError,
     BackendRefusedError,
@@ -84,17 +84,17 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("ATTN_DISPATCH_PLATFORM", "cpu")
     fresh = Registry()
-    monkeypatch.setattr(dispatch, "registry", lambda: fresh)
+    monkeypatch.setattr(installed, "registry", lambda: fresh)
     for name in ("plug", "raises", "crash"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
 def test_what_is_installed_is_found_and_ranked(plugins: Path) -> None:
-    names = dispatch.registry().names()
+    names = installed.registry().names()
     assert names[:5] == ["plug/fast", "plug/old", "plug/absent", "plug/raises", "plug/not"]
     assert names[-1] == "reference"
-    assert "nameless" in dispatch.registry().problems[0]
+    assert "nameless" in installed.registry().problems[0]
     attn = ad.attention(SPEC)
     assert attn.backend == "plug/fast"
     assert (attn.explanation.requested, attn.explanation.source) == (None, "the platform's order")
@@ -103,8 +103,8 @@ def test_what_is_installed_is_found_and_ranked(plugins: Path) -> None:
 
 def test_nothing_is_imported_before_it_is_asked(plugins: Path) -> None:
     assert "plug" not in sys.modules
-    dispatch.registry().names()
-    dispatch.default_backend()
+    installed.registry().names()
+    dispatch.candidates()
     assert "plug" not in sys.modules
 
 
@@ -124,7 +124,7 @@ def test_a_refusal_goes_to_the_next_and_every_verdict_is_kept(plugins: Path) -> 
 
 
 def only_reference() -> bool:
-    return not [name for name in dispatch.registry().ranked("cpu") if not name.startswith("plug/")]
+    return not [name for name in installed.registry().ranked("cpu") if not name.startswith("plug/")]
 
 
 class contextless:
@@ -172,7 +172,7 @@ def test_prefer_and_disable(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert ad.attention(SPEC).backend == "reference"
     assert ad.explain(SPEC).source == "ATTN_DISPATCH_PREFER"
     monkeypatch.setenv("ATTN_DISPATCH_PREFER", "")
-    monkeypatch.setenv("ATTN_DISPATCH_DISABLE", ",".join(dispatch.registry().names()))
+    monkeypatch.setenv("ATTN_DISPATCH_DISABLE", ",".join(installed.registry().names()))
     with pytest.raises(NoBackendError, match="no backend can run heads=4/2"):
         ad.attention(SPEC)
     assert ad.attention(SPEC, backend="plug/fast").backend == "plug/fast"
@@ -192,10 +192,10 @@ def test_names_that_are_not_known(plugins: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_plugin_of_another_contract_is_refused_by_name_and_version(plugins: Path) -> None:
-    with pytest.raises(ContractVersionError, match=r"plug 1\.5 speaks version 0 .* speaks 1"):
-        dispatch.registry().load("plug/old")
+    with pytest.raises(ContractVersionError, match=r"plug 1\.5 implements version 0 of the contract"):
+        installed.registry().load("plug/old")
     with pytest.raises(BackendLoadError, match="is a int, not a Backend"):
-        dispatch.registry().load("plug/not")
+        installed.registry().load("plug/not")
     with pytest.raises(BackendRefusedError, match=r"plug 1\.5 failed to load: ImportError: torch 2\.13\.0 found"):
         ad.attention(SPEC, backend="plug/raises")
     assert not ad.backends()["plug/raises"]
@@ -203,7 +203,7 @@ def test_a_plugin_of_another_contract_is_refused_by_name_and_version(plugins: Pa
 
 def test_two_distributions_may_not_claim_one_name() -> None:
     registry = Registry([point("1 a/b", "first:Backend"), point("1 a/b", "second:Backend")])
-    with pytest.raises(BackendLoadError, match="claimed twice"):
+    with pytest.raises(BackendLoadError, match="declared twice"):
         registry.load("a/b")
 
 
@@ -224,13 +224,13 @@ def test_a_plugins_own_variable_is_known(plugins: Path, monkeypatch: pytest.Monk
 
 def test_a_backend_of_another_platform_is_chosen_with_a_warning(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_DISPATCH_PLATFORM", "tpu")
-    monkeypatch.setenv("ATTN_DISPATCH_DISABLE", ",".join(dispatch.registry().ranked("tpu")))
+    monkeypatch.setenv("ATTN_DISPATCH_DISABLE", ",".join(installed.registry().ranked("tpu")))
     with pytest.warns(ad.errors.FallbackWarning, match="computes on the CPU: this machine has a device"):
         assert ad.attention(SPEC).backend == "plug/fast"
 
 
 def test_the_reference_is_never_chosen_without_a_word(plugins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTN_DISPATCH_DISABLE", ",".join(dispatch.registry().ranked("cpu")))
+    monkeypatch.setenv("ATTN_DISPATCH_DISABLE", ",".join(installed.registry().ranked("cpu")))
     with pytest.warns(ad.errors.FallbackWarning, match="exact, but slow"):
         assert ad.attention(SPEC).backend == "reference"
 

@@ -125,7 +125,9 @@ def test_what_import_would_find_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
     assert here.folders("unspecified") == []
 
 
-@pytest.mark.parametrize("module", ["environment"], ids=lambda name: name)
+@pytest.mark.parametrize(
+    "module", ["environment", "batch", "torch", "torch.backend", "torch.plan"], ids=lambda name: name
+)
 def test_what_a_backend_imports_at_its_top_imports_no_vendor(module: str) -> None:
     script = (
         f"import sys, attn_dispatch.adapters.{module}\n"

@@ -73,6 +73,14 @@ MI300X = {
     **kfd(1, cpu_cores_count=0, simd_count=1216, wave_front_size=64, gfx_target_version=90402, vendor_id=4098,
           device_id=29857, location_id=0x7500, domain=0, drm_render_minor=128),
 }  # fmt: skip
+JETSON = {
+    "proc/cpuinfo": NEOVERSE,
+    "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0",
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+    "dev/nvgpu/igpu0/ctrl": "",
+    "dev/nvidia0": "",
+}
 ARC = intel("xe", "0000:03:00.0", "E20B")
 LAPTOP = intel("i915", "0000:00:02.0", "A7A0")
 TPU = pci("0000:00:05.0", "0x1ae0", "0x0063", "0xff0000")

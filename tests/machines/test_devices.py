@@ -12,9 +12,9 @@ from fake_machines import (
     CORE,
     CPU_TORCH,
     CUDA_TORCH,
+    JETSON,
     LAPTOP,
     MI300X,
-    NEOVERSE,
     NVIDIA,
     ROCM_TORCH,
     TPU,
@@ -68,13 +68,8 @@ def test_gpus_of_windows(tmp_path: Path) -> None:
 
 
 def test_jetson(tmp_path: Path) -> None:
-    board = {
-        "proc/cpuinfo": NEOVERSE,
-        "proc/device-tree/compatible": "nvidia,p3768-0000+p3767-0005\0nvidia,p3767-0005\0nvidia,tegra234\0",
-        "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
-        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
-    }
-    found = machine(tmp_path / "a", board | {"dev/nvgpu/igpu0/ctrl": "", "dev/nvidia0": ""})
+    found = machine(tmp_path / "a", JETSON)
+    board = {name: text for name, text in JETSON.items() if not name.startswith("dev/")}
     assert (found.name, [d.name for d in found.devices]) == ("cuda", ["NVIDIA Jetson Orin Nano Developer Kit"])
     assert (found.devices[0].facts["soc"], found.devices[0].facts["l4t"]) == ("tegra234", "36.4.3")
     container = machine(tmp_path / "b", board)
