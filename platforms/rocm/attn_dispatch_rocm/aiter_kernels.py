@@ -13,6 +13,7 @@ prefill of AITER reads; `paged_attention_ragged` is `paged_attention_v1` without
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,6 @@ from attn_dispatch.contract import AttentionSpec
 
 from .machine import Machine
 from .paged import ELSEWHERE, plain_refusals
-from .signatures import signature
 
 __all__ = ["BATCH", "DECODE", "FUNCTIONS", "TARGETS", "UNIFIED", "Installed", "installed", "refusals", "serving"]
 
@@ -97,14 +97,28 @@ def _mismatch(folder: Path, name: str) -> str:
     """Say in which parameters an installed function differs from the one that calls are written for."""
     file, wanted = FUNCTIONS[name]
     try:
-        found = tuple(signature(folder / file, name).parameters)
+        parameters = _parameters(folder / file, name)
     except (OSError, SyntaxError, LookupError) as error:
         return f"{file}: {error}"
-    missing = [p for p in wanted if p not in found]
-    more = [p for p in found if p not in wanted] if name in _EXACT else []
+    missing = [p for p in wanted if p not in parameters]
+    more = [p for p in parameters if p not in wanted] if name in _EXACT else []
     words = [f"lacks {', '.join(missing)}"] if missing else []
     words += [f"also takes {', '.join(more)}"] if more else []
     return " and ".join(words)
+
+
+def _parameters(file: Path, name: str) -> list[str]:
+    """Return the parameters of a function of a source file; of several of one name the last is what runs.
+
+    Raises:
+        LookupError: there is no such function.
+    """
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    functions = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if not functions:
+        raise LookupError(f"{file.name} defines no {name}")
+    arguments = functions[-1].args
+    return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
 
 
 def serving(one: Installed, target: str, spec: AttentionSpec) -> tuple[tuple[str, ...], list[Refusal]]:

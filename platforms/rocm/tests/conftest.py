@@ -9,7 +9,7 @@ import pytest
 
 from attn_dispatch.hardware import detect
 from attn_dispatch_rocm.machine import Machine
-from attn_dispatch_rocm.vendors import unpacked
+from platforms.rocm.evidence.vendors import unpacked
 
 MakeMachine = Callable[..., Machine]
 
@@ -61,5 +61,5 @@ def real(package: str) -> Path:
     """Return a vendor's unpacked package, or skip."""
     folder = unpacked(package)
     if folder is None:
-        pytest.skip(f"not run: {package} was not fetched (python -m attn_dispatch_rocm.vendors)")
+        pytest.skip(f"not run: {package} was not fetched (python -m platforms.rocm.evidence.vendors)")
     return folder

@@ -17,9 +17,9 @@ from attn_dispatch.errors import BackendRefusedError, CacheError
 from attn_dispatch_rocm.aiter import AiterBackend
 from attn_dispatch_rocm.aiter_calls import CALLS
 from attn_dispatch_rocm.aiter_kernels import BATCH, DECODE, FUNCTIONS, UNIFIED, installed
-from attn_dispatch_rocm.interface_cell import bound, checked, fitted, pretended
 from attn_dispatch_rocm.layer import owned
 from attn_dispatch_rocm.step import RocmPlan, Step
+from platforms.rocm.evidence.signature_check import bound, checked, fitted, pretended
 
 from .conftest import MakeMachine, real
 
@@ -247,7 +247,7 @@ def test_every_accepted_case_of_the_kit_binds() -> None:
 
 
 def step_name(backend: AiterBackend, case: Any) -> str:
-    from attn_dispatch_rocm.interface_cell import prepared
+    from platforms.rocm.evidence.signature_check import prepared
 
     return prepared(backend, case)[0].call.function
 

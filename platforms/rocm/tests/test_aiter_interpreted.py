@@ -18,20 +18,22 @@ import torch
 from attn_dispatch.backend import Availability, Refusal, Verdict
 from attn_dispatch.conformance import CASES, BackendConformance, Case, check_mutations, run_case
 from attn_dispatch.contract import AttentionSpec
-from attn_dispatch_rocm import aiter_triton
 from attn_dispatch_rocm.aiter import AiterBackend
 from attn_dispatch_rocm.aiter_calls import Unified
 from attn_dispatch_rocm.aiter_kernels import UNIFIED, installed, refusals
 from attn_dispatch_rocm.batch import Batch
-from attn_dispatch_rocm.interface_cell import pretended
-from attn_dispatch_rocm.vendors import unpacked
+from platforms.rocm.evidence import aiter_triton
+from platforms.rocm.evidence.signature_check import pretended
+from platforms.rocm.evidence.vendors import unpacked
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("not run: set TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="not run: needs triton")
 FOLDER = unpacked("amd-aiter")
 if FOLDER is None:
-    pytest.skip("not run: amd-aiter was not fetched (python -m attn_dispatch_rocm.vendors)", allow_module_level=True)
+    pytest.skip(
+        "not run: amd-aiter was not fetched (python -m platforms.rocm.evidence.vendors)", allow_module_level=True
+    )
 
 TARGET = "gfx942"
 

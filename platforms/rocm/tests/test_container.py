@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 from attn_dispatch_rocm.flash_attention import TARGETS
-from attn_dispatch_rocm.vendors import PACKAGES
+from platforms.rocm.evidence.vendors import PACKAGES
 
 FOLDER = Path(__file__).parents[1]
 ROOT = FOLDER.parents[1]

@@ -12,9 +12,9 @@ import attn_dispatch as ad
 from attn_dispatch.conformance import CASES
 from attn_dispatch.contract import LayerParameters
 from attn_dispatch_rocm.flash_attention import FlashAttentionBackend
-from attn_dispatch_rocm.interface_cell import bound, checked, fitted
 from attn_dispatch_rocm.layer import owned
 from attn_dispatch_rocm.step import RocmPlan
+from platforms.rocm.evidence.signature_check import bound, checked, fitted
 
 from .conftest import MakeMachine, real
 
@@ -22,7 +22,7 @@ FLASH = ("flash-attn",)
 CPU = torch.device("cpu")
 
 # A decode, a prompt, a chunk, padding, and a sequence that waits; and decodes alone.
-BATCH = ad.AttentionMetadata.build([1, 9, 40, 3, 0], [70, 9, 300, 0, 5], [[3], [5], [0, 7, 2], [], [2]], 128)
+BATCH = ad.AttentionMetadata.build([1, 9, 40, 3, 0], [70, 9, 300, 0, 5], [[3], [5], [0, 7, 2], [], [4]], 128)
 DECODES = ad.AttentionMetadata.build([1, 1], [70, 9], [[3], [5]], 128)
 
 

@@ -13,8 +13,8 @@ import pytest
 
 import attn_dispatch as ad
 from attn_dispatch.conformance import CASES, Row
-from attn_dispatch_rocm import report
-from attn_dispatch_rocm.timing import Shape, measure
+from platforms.rocm.evidence import report
+from platforms.rocm.evidence.timing import Shape, measure
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -47,7 +47,7 @@ def test_a_report_made_here_enters_the_support_table(
     page = make_support(tmp_path, monkeypatch).support()
     assert "| feature | `reference` |" in page
     assert "| decode | yes |" in page
-    assert "written by `python -m attn_dispatch_rocm.report`" in page
+    assert "written by `python -m platforms.rocm.evidence.report`" in page
 
 
 def test_a_backend_that_is_not_available_is_a_row_that_says_so() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from attn_dispatch_rocm.facts import FACTS, Fact
+from platforms.rocm.evidence.source_facts import FACTS, Fact
 
 from .conftest import real
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from attn_dispatch.conformance import CASES, Row, as_markdown
-from attn_dispatch_rocm import aiter_triton, interface_cell
 from attn_dispatch_rocm.aiter import AiterBackend
 from attn_dispatch_rocm.aiter_calls import Unified
+from platforms.rocm.evidence import aiter_triton, signature_check
 
 from .conftest import real
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.interface
 
 def test_rows_are_what_was_compared_and_nothing_more(tmp_path: Path) -> None:
     real("amd-aiter"), real("flash-attn")
-    assert interface_cell.main(["--no-compile", "--output", str(tmp_path)]) == 0
+    assert signature_check.main(["--no-compile", "--output", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "rocm-interface.json").read_text())
     rows = [Row.from_dict(row) for row in data["rows"]]
     assert [row.backend for row in rows] == ["rocm/aiter", "rocm/flash-attention"]
@@ -50,15 +50,15 @@ def test_a_call_that_does_not_bind_fails(monkeypatch: pytest.MonkeyPatch, capsys
         return found
 
     monkeypatch.setattr(Unified, "arguments", renamed)
-    assert interface_cell.main(["--no-compile"]) == 1
+    assert signature_check.main(["--no-compile"]) == 1
     assert "TypeError: missing a required argument: 'block_table'" in capsys.readouterr().out
 
 
 def test_a_strided_array_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = real("amd-aiter")
-    backend = AiterBackend("x/aiter", interface_cell.pretended("gfx942", folder))
-    case = next(interface_cell.fitted(case, 64) for case in CASES if case.feature == "mixed")
-    interface_cell.checked(backend, case, folder)
+    backend = AiterBackend("x/aiter", signature_check.pretended("gfx942", folder))
+    case = next(signature_check.fitted(case, 64) for case in CASES if case.feature == "mixed")
+    signature_check.checked(backend, case, folder)
     right = Unified.arguments
 
     def strided(self: Any, *arrays: Any, **named: Any) -> Any:
@@ -67,7 +67,7 @@ def test_a_strided_array_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Unified, "arguments", strided)
     with pytest.raises(AssertionError, match="block_table"):
-        interface_cell.checked(backend, case, folder)
+        signature_check.checked(backend, case, folder)
 
 
 @pytest.mark.skipif(
@@ -79,18 +79,18 @@ def test_a_kernel_that_needs_more_lds_than_there_is_fails(
     """Pages of 128, which the verdict refuses because of this; and the report of one that fits."""
     pytest.importorskip("triton", reason="not run: needs triton")
     folder, target = real("amd-aiter"), aiter_triton.TARGETS["gfx942"]
-    monkeypatch.setattr(interface_cell, "_PROGRAMS", ((64, 16, 4, 1, 400), (128, 128, 4, 1, 400)))
-    small, large = interface_cell.resources(target, folder)
+    monkeypatch.setattr(signature_check, "_PROGRAMS", ((64, 16, 4, 1, 400), (128, 128, 4, 1, 400)))
+    small, large = signature_check.resources(target, folder)
     assert small["lds_bytes"] <= target.lds_bytes < large["lds_bytes"]
     assert 0 < small["vgprs"] <= 256
     assert small["spills"] == 0
     assert small["code_bytes"] > 1000
-    monkeypatch.setattr(interface_cell, "rows", lambda compile_too, say: iter(()))
+    monkeypatch.setattr(signature_check, "rows", lambda compile_too, say: iter(()))
     monkeypatch.setattr(aiter_triton, "TARGETS", {"gfx942": target})
-    assert interface_cell.main([]) == 1
+    assert signature_check.main([]) == 1
     assert "B of LDS, there are 65536" in capsys.readouterr().out
     monkeypatch.setattr(aiter_triton, "TARGETS", {"gfx942": replace(target, lds_bytes=160 << 10)})
-    assert interface_cell.main([]) == 0
+    assert signature_check.main([]) == 0
 
 
 def test_loading_the_kernel_leaves_nothing_behind() -> None:

@@ -1,6 +1,6 @@
 """The command for owners of an AMD GPU: everything that such a machine can show, in files that a pull request carries.
 
-    python -m attn_dispatch_rocm.report [--output docs/evidence]
+    python -m platforms.rocm.evidence.report [--output docs/evidence]
 
 The conformance kit on every backend of this platform, each in a process of its own (a crash is a row that says so), the
 compile cell, times of a layer, and `attn-dispatch doctor`. It writes rocm-<target>.json, which `docs/make_support.py`
@@ -39,7 +39,7 @@ def cases_for(name: str) -> list[Case]:
     """Return the kit's cases as a backend is asked them."""
     if name not in PAGES:
         return list(CASES)
-    from .interface_cell import fitted
+    from .signature_check import fitted
 
     return [
         replace(fitted(case, page), name=f"{case.name}, pages of {page}")
@@ -51,7 +51,7 @@ def cases_for(name: str) -> list[Case]:
 
 def row_of(name: str, features: Sequence[str] = (), seconds: int = _SECONDS) -> Row:
     """Return a backend's row, from a process of its own."""
-    command = [sys.executable, "-m", "attn_dispatch_rocm.report", "--row", name]
+    command = [sys.executable, "-m", "platforms.rocm.evidence.report", "--row", name]
     for feature in features:
         command += ["--feature", feature]
     try:
@@ -83,12 +83,12 @@ def collect(names: Iterable[str], features: Sequence[str] = (), times: bool = Tr
         "machine": {"name": here.name, "description": here.description},
         "rows": [row.as_dict() for row in rows],
         "doctor": _json([sys.executable, "-m", "attn_dispatch", "doctor", "--json"]),
-        "programs": _json([sys.executable, "-m", "attn_dispatch_rocm.report", "--programs"]),
+        "programs": _json([sys.executable, "-m", "platforms.rocm.evidence.report", "--programs"]),
         "triton programs": _triton_programs(),
     }
     if times:
         available = [row.backend for row in rows if row.available]
-        command = [sys.executable, "-m", "attn_dispatch_rocm.report", "--times", *available]
+        command = [sys.executable, "-m", "platforms.rocm.evidence.report", "--times", *available]
         print("times of a layer", file=sys.stderr, flush=True)
         report["times"] = _json(command)
     return report
@@ -107,9 +107,10 @@ def _json(command: list[str]) -> Any:
 
 def _programs() -> list[dict[str, Any]]:
     """Return AITER's Triton kernels compiled for this machine's targets, by the installed package's files."""
+    from attn_dispatch_rocm.machine import Machine
+
     from . import aiter_triton
-    from .interface_cell import resources
-    from .machine import Machine
+    from .signature_check import resources
 
     here = Machine(ad.platform)
     targets = [aiter_triton.TARGETS[name] for name in here.targets if name in aiter_triton.TARGETS]
@@ -118,7 +119,7 @@ def _programs() -> list[dict[str, Any]]:
 
 def _triton_programs() -> Any:
     """Return what triton/paged's own compile cell finds for this machine's targets (None: it is not installed)."""
-    from .machine import Machine
+    from attn_dispatch_rocm.machine import Machine
 
     targets = Machine(ad.platform).targets
     if find_spec("attn_dispatch_triton") is None or not targets:
@@ -145,7 +146,7 @@ def _page(report: dict[str, Any], stem: str) -> str:
     lines = [
         f"# {report['machine']['description']}",
         "",
-        f"`{stem}`: written by `python -m attn_dispatch_rocm.report`.",
+        f"`{stem}`: written by `python -m platforms.rocm.evidence.report`.",
     ]
     times = report.get("times")
     if isinstance(times, list) and times:

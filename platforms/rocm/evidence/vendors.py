@@ -1,4 +1,4 @@
-"""The vendors' real packages, as files to compare with: `python -m attn_dispatch_rocm.vendors` fetches them once.
+"""The vendors' real packages, as files to compare with: `python -m platforms.rocm.evidence.vendors` fetches them once.
 
 Neither can be installed without ROCm: `import aiter` asks for a GPU, flash-attn is compiled by the ROCm toolchain.
 Their sources say what their functions take and how far their kernels go.

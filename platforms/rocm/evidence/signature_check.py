@@ -1,7 +1,7 @@
 """The interface cell: every call of this package held against the vendors' real packages, without a GPU.
 
-    python -m attn_dispatch_rocm.vendors                       # fetches them, once
-    python -m attn_dispatch_rocm.interface_cell [--output docs/evidence]
+    python -m platforms.rocm.evidence.vendors                       # fetches them, once
+    python -m platforms.rocm.evidence.signature_check [--output docs/evidence]
 
 For each case of the conformance kit that a backend's verdict accepts on an AMD GPU that is not here, the batch is
 planned and the call made up to the vendor's door: its arguments must bind to the function's real signature, with the
@@ -32,15 +32,15 @@ from attn_dispatch.conformance.problem import make_problem
 from attn_dispatch.contract import LayerParameters
 from attn_dispatch.dispatch import registry
 from attn_dispatch.hardware import Device, Platform
+from attn_dispatch_rocm.aiter_kernels import FUNCTIONS, UNIFIED
+from attn_dispatch_rocm.calls import Call
+from attn_dispatch_rocm.layer import Owned, owned
+from attn_dispatch_rocm.machine import Machine
+from attn_dispatch_rocm.step import RocmPlan, Step
 
 from . import aiter_triton
-from .aiter_kernels import FUNCTIONS, UNIFIED
-from .calls import Call
-from .facts import FACTS
-from .layer import Owned, owned
-from .machine import Machine
 from .signatures import signature
-from .step import RocmPlan, Step
+from .source_facts import FACTS
 from .vendors import PACKAGES, unpacked
 
 __all__ = ["bound", "checked", "fitted", "main", "pretended", "resources"]
@@ -48,6 +48,7 @@ __all__ = ["bound", "checked", "fitted", "main", "pretended", "resources"]
 TARGET = "gfx942"
 _FLASH = "flash_attn/flash_attn_interface.py"
 _HOST = torch.device("cpu")
+_COMMAND = "python -m platforms.rocm.evidence.signature_check --output docs/evidence"
 
 
 def pretended(target: str, *folders: Path) -> Machine:
@@ -172,7 +173,7 @@ def rows(compile_too: bool, say: Callable[[str], None]) -> Iterator[Row]:
 def _needed(name: str) -> Path:
     folder = unpacked(name)
     if folder is None:
-        raise FileNotFoundError(f"{PACKAGES[name][0]} was not fetched: python -m attn_dispatch_rocm.vendors")
+        raise FileNotFoundError(f"{PACKAGES[name][0]} was not fetched: python -m platforms.rocm.evidence.vendors")
     return folder
 
 
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _write(folder: Path, found: list[Row], programs: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     machine = {"name": "none", "description": "no AMD GPU: compared and compiled"}
-    text = report_text(found, machine, "python -m attn_dispatch_rocm.interface_cell --output docs/evidence")
+    text = report_text(found, machine, _COMMAND)
     (folder / "rocm-interface.json").write_text(text, encoding="utf-8")
     (folder / "rocm-interface.md").write_text(_page(programs), encoding="utf-8")
 
@@ -274,7 +275,7 @@ def _page(programs: list[dict[str, Any]]) -> str:
     lines = [
         "# AMD: what was compared and compiled without a GPU",
         "",
-        "Written by `python -m attn_dispatch_rocm.interface_cell --output docs/evidence`; nothing in it ran on a GPU.",
+        f"Written by `{_COMMAND}`; nothing in it ran on a GPU.",
         "What verdicts of `rocm/aiter` and `rocm/flash-attention` rest upon, each looked up in the package's files:",
         "",
     ]
