@@ -6,12 +6,16 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from attn_dispatch import dispatch
 from attn_dispatch.backend import Backend, Call, Plan, Verdict
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache, LayerParameters
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView, KVCache, LayerParameters
+from attn_dispatch.contract.array_checks import check_out, check_plain
 from attn_dispatch.contract.arrays import as_library, library_of
 from attn_dispatch.contract.dtypes import dtype_name
-from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, MetadataError, PlanError
+from attn_dispatch.contract.gradient import without_gradient
+from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, MetadataError, PlanError, SpecError
 
 __all__ = ["Attention", "attention"]
 
@@ -36,12 +40,13 @@ class Attention:
         self._requested = requested
         self.backend = backend
         self.parameters = parameters
+        self._name = backend.name
         self._libraries = frozenset(backend.capabilities.libraries)
         self._q_row = (spec.num_heads, spec.head_size)
         self._k_row = (spec.num_kv_heads, spec.head_size)
         self._v_row = (spec.num_kv_heads, spec.value_head_size)
         self._out_row = (spec.num_heads, spec.value_head_size)
-        self._gives_lse = spec.returns_lse
+        self._has_lse = spec.returns_lse
 
     @cached_property
     def explanation(self) -> dispatch.Explanation:
@@ -66,7 +71,10 @@ class Attention:
         """
         if isinstance(num_blocks, bool) or not isinstance(num_blocks, int) or num_blocks < 1:
             raise CacheError(f"num_blocks={num_blocks!r} must be a whole number, 1 or more")
-        return self.backend.allocate(self.spec, num_blocks, device)
+        try:
+            return self.backend.allocate(self.spec, num_blocks, device)
+        except (MemoryError, OverflowError) as error:
+            raise CacheError(f"num_blocks={num_blocks} of {self.spec.geometry} cannot be had: {error}") from error
 
     def plan(self, metadata: AttentionMetadata) -> Plan:
         """Prepare a step, once for all the layers of this spec.
@@ -80,7 +88,21 @@ class Attention:
             raise MetadataError(f"the batch has block_size={metadata.block_size}, the layer {spec.block_size}")
         if not view.side.has_blocks and spec.kind != "encoder" and view.max_kv_len:
             raise MetadataError(f"a {spec.kind} layer reads a cache, but the batch has no block tables")
-        return self.backend.plan(spec, metadata)
+        if spec.causal and view.side.start_loc is not view.query_start_loc:
+            self._check_positions(view)
+        plan = self.backend.plan(spec, metadata)
+        plan.backend = self.backend.name
+        return plan
+
+    def _check_positions(self, view: BatchView) -> None:
+        """Refuse queries of a causal layer before the first key, of a batch that is not the sequences' own tokens."""
+        short = (view.kv_lens < view.query_lens) & (view.kv_lens > 0)
+        if short.any():
+            s = int(np.argmax(short))
+            raise MetadataError(
+                f"sequence {s}: {int(view.query_lens[s])} queries over {int(view.kv_lens[s])} keys: the last query "
+                "of a causal layer is at the last key, and so the first ones would be before the first"
+            )
 
     def run(
         self,
@@ -114,7 +136,12 @@ class Attention:
         spec = self.spec
         if plan.spec is not spec and plan.spec != spec:
             raise PlanError(f"the plan is for {plan.spec}; this layer is {spec}")
-        library = library_of(q)
+        if plan.backend != self._name:
+            self._check_plan(plan)
+        try:
+            library = library_of(q)
+        except ArrayError as error:
+            raise ArrayError(f"q: {error}") from None
         self._check_array("q", q, (plan.num_tokens, *self._q_row), library)
         if k is not None and v is not None:
             self._check_array("k", k, (plan.num_new, *self._k_row), library)
@@ -125,6 +152,7 @@ class Attention:
             self._check_nothing_to_write(plan, k, v)
         if out is not None:
             self._check_array("out", out, (plan.num_tokens, *self._out_row), library)
+            check_out(out, (("q", q), ("k", k), ("v", v)), library)
         if cache is not None:
             if cache.geometry != spec.geometry:
                 raise CacheError(f"the cache is {cache!r}; the layer needs {spec.geometry}")
@@ -140,12 +168,34 @@ class Attention:
                 )
         elif spec.kind != "encoder":
             raise CacheError(f"a {spec.kind} layer needs its cache; allocate(num_blocks) makes one")
-        if return_lse and not self._gives_lse:
+        if return_lse and not self._has_lse:
             self._require_lse()
         call = Call(plan, q, k, v, cache, self.parameters, out, return_lse)
+        if library == "torch":
+            devices = {x.device for x in (q, k, v, out) if x is not None}
+            if len(devices) > 1:
+                where = ", ".join(f"{n} on {x.device}" for n, x in zip("qkv", (q, k, v), strict=True) if x is not None)
+                where += "" if out is None else f", out on {out.device}"
+                raise ArrayError(f"a step's arrays must be on one device: {where}")
+            if q.requires_grad or (k is not None and (k.requires_grad or v.requires_grad)):  # type: ignore[union-attr]
+                return self._run_detached(call)
         if library in self._libraries:
             return self.backend.run(call)
         return self._run_exchanged(call, library)
+
+    def _run_detached(self, call: Call) -> Any:
+        """Run on tensors that are part of a graph: on their values, and whoever asks for a gradient is told."""
+        inputs = (call.q, call.k, call.v)
+        call.q, call.k, call.v = (None if x is None else x.detach() for x in inputs)
+        result = self.backend.run(call) if "torch" in self._libraries else self._run_exchanged(call, "torch")
+        return without_gradient(result, inputs)
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Refuse another backend's plan; one that was made by the backend itself (fixed plans) need not say whose."""
+        if plan.backend:
+            raise PlanError(
+                f"the plan was made by {plan.backend}, this layer runs on {self._name}: plan with this layer"
+            )
 
     def _run_exchanged(self, call: Call, library: str) -> Any:
         """Run on the same memory as arrays of a library that the backend computes on."""
@@ -161,15 +211,21 @@ class Attention:
 
     def _check_array(self, name: str, array: Array, shape: tuple[int, ...], library: str) -> None:
         if array.shape != shape:
-            raise ArrayError(f"{name} has shape {tuple(array.shape)}, this step needs {shape}")
-        if dtype_name(array.dtype) != self.spec.dtype:
-            raise ArrayError(f"{name} is {dtype_name(array.dtype)}, the layer's dtype is {self.spec.dtype}")
-        if library_of(array) != library:
-            raise ArrayError(f"{name} is an array of {library_of(array)}, q of {library}: give both of one library")
+            raise ArrayError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
+        try:
+            dtype, whose = dtype_name(array.dtype), library_of(array)
+        except (SpecError, ArrayError) as error:
+            raise ArrayError(f"{name}: {error}") from None
+        if dtype != self.spec.dtype:
+            raise ArrayError(f"{name} is {dtype}, the layer's dtype is {self.spec.dtype}")
+        if whose != library:
+            raise ArrayError(f"{name} is an array of {whose}, q of {library}: give both of one library")
+        if library == "torch":
+            check_plain(name, array)
 
     def _check_nothing_to_write(self, plan: Plan, k: Array | None, v: Array | None) -> None:
         if (k is None) != (v is None):
-            raise ArrayError("k and v come together: one of them is None")
+            raise ArrayError("k and v must both be given: one of them is None")
         if self.spec.kind == "encoder" and not plan.view.side.has_blocks:
             raise ArrayError("an encoder layer without a cache attends to k and v: both must be given")
         if self.spec.writes_kv and plan.view.side.num_written:
@@ -182,7 +238,7 @@ class Attention:
         verdict = self.backend.verdict(replace(self.spec, returns_lse=True))
         if not verdict:
             raise BackendRefusedError(f"return_lse=True: {self.backend.name} says no: {verdict}")
-        self._gives_lse = True
+        self._has_lse = True
 
     def __repr__(self) -> str:
         return f"Attention({self.spec}, backend={self.backend.name})"

@@ -23,7 +23,7 @@ from attn_dispatch.contract import (
     CacheLayout,
     KVCache,
 )
-from attn_dispatch.contract.arrays import as_library, library_of
+from attn_dispatch.contract.arrays import as_library, device_of, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError, PlanError
 from attn_dispatch.merge import merge_states
@@ -200,11 +200,21 @@ class Backend(abc.ABC):
     def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
         """Return a zeroed cache for one layer (clause 2: unused slots are finite)."""
         layout, geometry = self.layout(spec), spec.geometry
-        arrays = {
-            name: self.zeros(shape, "float32" if name.endswith("_scale") else geometry.dtype, device)
-            for name, shape in layout.shapes(geometry, num_blocks).items()
-        }
-        return KVCache(self, geometry, layout, num_blocks, arrays, device or "cpu")
+        on_host = self.capabilities.libraries[0] == "numpy"
+        if on_host and device not in (None, "cpu"):
+            raise CacheError(
+                f"device={device!r}: {self.name} keeps its caches in host memory; give device='cpu' or none"
+            )
+        try:
+            arrays = {
+                name: self.zeros(shape, "float32" if name.endswith("_scale") else geometry.dtype, device)
+                for name, shape in layout.shapes(geometry, num_blocks).items()
+            }
+        except (MemoryError, ValueError, RuntimeError) as error:
+            where = "" if device is None else f" on device={device!r}"
+            raise CacheError(f"num_blocks={num_blocks} of {geometry}{where} cannot be had: {error}") from error
+        place = "cpu" if on_host else device_of(next(iter(arrays.values())))
+        return KVCache(self, geometry, layout, num_blocks, arrays, place)
 
     def accept(self, note: str = "") -> Verdict:
         """Return a yes."""

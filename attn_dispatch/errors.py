@@ -18,6 +18,7 @@ __all__ = [
     "ContractVersionError",
     "EnvironmentVariableError",
     "FallbackWarning",
+    "GradientError",
     "MetadataError",
     "MissingPackageError",
     "ModelError",
@@ -43,6 +44,10 @@ class MetadataError(AttentionDispatchError, ValueError):
 
 class ArrayError(AttentionDispatchError, ValueError):
     """A query, key, value or output array has the wrong shape, dtype, library or device."""
+
+
+class GradientError(AttentionDispatchError, RuntimeError):
+    """A gradient was asked of attention over a paged cache, which has none."""
 
 
 class CacheError(AttentionDispatchError, ValueError):

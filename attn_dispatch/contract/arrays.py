@@ -16,7 +16,14 @@ import numpy.typing as npt
 from attn_dispatch.contract.dtypes import dtype_name, numpy_dtype
 from attn_dispatch.errors import ArrayError
 
-__all__ = ["Array", "as_library", "as_numpy", "device_of", "library_of", "permute"]
+__all__ = [
+    "Array",
+    "as_library",
+    "as_numpy",
+    "device_of",
+    "library_of",
+    "permute",
+]
 
 Array = Any
 """A NumPy array, a torch tensor, a JAX array: whatever has a shape and a dtype. Checked by `library_of`."""
@@ -24,6 +31,9 @@ Array = Any
 LIBRARIES = ("numpy", "torch", "jax")
 
 _library_of_type: dict[type, str] = {}
+
+_WITHOUT_MEMORY = {"torch._subclasses.fake_tensor", "torch._subclasses.functional_tensor", "numpy.matrixlib.defmatrix"}
+"""Modules of array types that stand for arrays (or index otherwise): not what a kernel can be given."""
 
 # Types that NumPy has by extension only travel between libraries as plain integers of the same width.
 _CARRIER: dict[str, type[np.generic]] = {"bfloat16": np.int16, "float8_e4m3fn": np.uint8, "float8_e5m2": np.uint8}
@@ -36,16 +46,19 @@ def library_of(array: Array) -> str:
         ArrayError: it is none of these.
     """
     kind = type(array)
-    found = _library_of_type.get(kind)
-    if found is None:
+    library = _library_of_type.get(kind)
+    if library is None:
         # A subclass (torch.nn.Parameter, a user's own) belongs where its base does.
         roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
         names = ["jax" if root in ("jax", "jaxlib") else root for root in roots]
-        found = next((name for name in names if name in LIBRARIES), None)
-        if found is None or not hasattr(array, "dtype"):
+        library = next((name for name in names if name in LIBRARIES), None)
+        if library is None or not hasattr(array, "dtype"):
             raise ArrayError(f"{kind.__module__}.{kind.__name__} is not an array of {', '.join(LIBRARIES)}")
-        _library_of_type[kind] = found
-    return found
+        # What has no plain memory of its own: a kernel would compute with whatever lies at its address.
+        if issubclass(kind, np.ma.MaskedArray) or any(base.__module__ in _WITHOUT_MEMORY for base in kind.__mro__):
+            raise ArrayError(f"{kind.__module__}.{kind.__name__} is no plain array in memory: give a plain one")
+        _library_of_type[kind] = library
+    return library
 
 
 def device_of(array: Array) -> str:

@@ -78,7 +78,10 @@ def _canonical(dtype: object) -> str:
         name = str(dtype).removeprefix("torch.")
     else:
         try:
-            name = np.dtype(dtype).name  # type: ignore[call-overload]
+            plain = np.dtype(dtype)  # type: ignore[call-overload]
+            if not plain.isnative:
+                raise SpecError(f"dtype={dtype!r} has the other byte order: convert it to the machine's own")
+            name = plain.name
         except TypeError:
             name = getattr(dtype, "__name__", repr(dtype))
     name = _ALIASES.get(name, name)

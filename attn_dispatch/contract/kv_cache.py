@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attn_dispatch.contract.arrays import Array, as_library, library_of
+from attn_dispatch.contract.dtypes import dtype_name, numpy_dtype
 from attn_dispatch.contract.layout import CacheLayout, layout_named
 from attn_dispatch.contract.spec import CacheGeometry
 from attn_dispatch.errors import CacheError
@@ -81,10 +82,33 @@ class KVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.arrays = dict(arrays)
+        self._check()
         self.device = device
         self.backend_state: dict[str, object] = {}
         """What a backend keeps beside this cache (views of its arrays, say), by the backend's name."""
         self._views: dict[str, Mapping[str, Array]] = {}
+
+    def _check(self) -> None:
+        """Refuse arrays that are not what the layout says: a kernel would read or write past them.
+
+        Raises:
+            CacheError: naming the array, and what it should be.
+        """
+        shapes = self.layout.shapes(self.geometry, self.num_blocks)
+        if not self.arrays.keys() <= shapes.keys():
+            raise CacheError(
+                f"a cache in layout {self.layout.name} consists of {', '.join(shapes)}; found {', '.join(self.arrays)}"
+            )
+        for name, array in self.arrays.items():
+            shape = shapes[name]
+            dtype = numpy_dtype("float32" if name.endswith("_scale") else self.geometry.dtype)
+            if tuple(array.shape) != shape or numpy_dtype(dtype_name(array.dtype)) != dtype:
+                raise CacheError(
+                    f"the cache's {name} array is {dtype_name(array.dtype)} {tuple(array.shape)}; layout "
+                    f"{self.layout.name} with {self.num_blocks} blocks of {self.geometry} needs {dtype.name} {shape}"
+                )
+            if isinstance(array, np.ndarray) and not array.flags.writeable:
+                raise CacheError(f"the cache's {name} array is read-only: new keys and values are written into it")
 
     @property
     def key(self) -> Array:

@@ -81,7 +81,11 @@ def _per_head(spec: AttentionSpec, name: str, wanted: bool, given: Any) -> npt.N
     if host.shape != (spec.num_heads,):
         raise SpecError(f"{name} has shape {host.shape}, needs one number per query head, ({spec.num_heads},)")
     array = host.astype(np.float32)
-    if not np.isfinite(array).all() and not (name == "sinks" and not np.isnan(array).any()):
-        raise SpecError(f"{name} holds NaN or infinity")
+    # A head whose sink is -inf has none; +inf would leave nothing for the keys.
+    finite = array > -np.inf if name == "alibi_slopes" else ~np.isnan(array)
+    if not (finite & (array < np.inf)).all():
+        raise SpecError(
+            f"{name} holds NaN or infinity" + (" (-inf is a head without a sink)" if name == "sinks" else "")
+        )
     array.flags.writeable = False
     return array
