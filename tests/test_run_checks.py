@@ -85,7 +85,7 @@ def test_memory_that_cannot_be_had() -> None:
     attn = ad.attention(SPEC, "reference")
     with pytest.raises(CacheError, match=r"num_blocks=1000000000000 of .* cannot be had"):
         attn.allocate(10**12)
-    with pytest.raises(CacheError, match="device='cuda:0': reference keeps caches in host memory"):
+    with pytest.raises(CacheError, match="device='cuda:0': reference keeps its caches in host memory"):
         attn.allocate(4, "cuda:0")
     assert attn.allocate(1, "cpu").device == "cpu"
 

@@ -155,8 +155,7 @@ def _default_device() -> torch.device:
     kind = platform.torch_device
     if kind != "cpu" and getattr(torch, kind).is_available():
         return torch.device(kind, getattr(torch, kind).current_device())
-    default: torch.device = torch.get_default_device()
-    return default
+    return torch.device("cpu")  # not torch's default device, which is the user's to set
 
 
 def _owned(layer: LayerParameters, device: torch.device) -> Owned:

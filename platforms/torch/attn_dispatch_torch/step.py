@@ -208,11 +208,11 @@ def _fold_step(spec: AttentionSpec, view: BatchView, fold: Fold, device: torch.d
         if fold.masked:
             seen = visible(spec, query_at, key_at) & (key_at < fold.ends[:, None, None])
             seen = seen if merged else seen.repeat(spec.group_size, axis=1)
-            mask = _mask(seen[:, None], device, additive)
+            mask = _mask(spec, seen[:, None], device, additive)
             if merged:
                 mask = mask.repeat_interleave(heads, dim=0)
         if spec.alibi:
-            far = np.abs(query_at - key_at).astype(np.float32)
+            far = np.abs(query_at - key_at).astype(_bias_dtype(spec))
             distance = _to(far[:, None, :, None, :], device)
     width = fold.table.shape[1] * tokens
     own = np.where(fold.used == 1, width, fold.used * tokens)  # a second copy of a full block is no stranger
@@ -237,11 +237,21 @@ def _fold_step(spec: AttentionSpec, view: BatchView, fold: Fold, device: torch.d
     )
 
 
-def _mask(seen: npt.NDArray[np.bool_], device: torch.device, additive: bool) -> torch.Tensor:
-    there = _to(seen, device)
+def _mask(spec: AttentionSpec, seen: npt.NDArray[np.bool_], device: torch.device, additive: bool) -> torch.Tensor:
+    """Return who sees whom, or what is added to the scores so that they do not.
+
+    The CPU's kernel reads a float32 mask as it is whatever it computes in, but for float64: it takes its bytes for
+    float64's. Not torch's default dtype, which is the user's to set.
+    """
+    visible_to = _to(seen, device)
     if not additive:
-        return there
-    return torch.zeros(there.shape, device=device).masked_fill_(~there, -torch.inf)
+        return visible_to
+    dtype = torch.float64 if _bias_dtype(spec) == np.float64 else torch.float32
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~visible_to, -torch.inf)
+
+
+def _bias_dtype(spec: AttentionSpec) -> type[np.floating[Any]]:
+    return np.float64 if "float64" in (spec.dtype, spec.kv_cache_dtype) else np.float32
 
 
 class _Band:
@@ -262,9 +272,9 @@ class _Band:
         query_at = np.arange(1 - rows, 1)[:, None]
         key_at = np.arange(1 - columns, 1)[None, :] + self.ahead
         if any(tile.masked for tile in masked):
-            self.mask = _mask(visible(spec, query_at, key_at), device, additive)
+            self.mask = _mask(spec, visible(spec, query_at, key_at), device, additive)
         if spec.alibi:
-            self.distance = _to(np.abs(query_at - key_at).astype(np.float32), device)
+            self.distance = _to(np.abs(query_at - key_at).astype(_bias_dtype(spec)), device)
 
     def part(self, band: torch.Tensor | None, tile: Tile) -> torch.Tensor | None:
         if band is None:

@@ -82,7 +82,7 @@ class _Scratch(threading.local):
         size = elements * dtype.itemsize
         buffer = self.buffers.get(role)
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[role] = torch.empty(size, dtype=torch.uint8)
+            buffer = self.buffers[role] = torch.empty(size, dtype=torch.uint8, device="cpu")
         return buffer[:size].view(dtype)
 
 
@@ -143,7 +143,7 @@ def _pair_lookup(stored: torch.Tensor, result: torch.Tensor, dtype: torch.dtype,
 def _pairs(dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
     """Return what each two bytes stand for, as one element of twice the width of `wide`."""
     with torch.inference_mode(False):
-        every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(dtype)
+        every = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.uint8).view(dtype)
         double = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[wide.itemsize]
         return every.to(wide).view(double)
 
