@@ -12,7 +12,7 @@ from attn_dispatch.conformance import CASES
 from attn_dispatch.conformance.problem import make_problem
 from attn_dispatch.conformance.tolerance import attend_rounded
 from attn_dispatch.contract import LayerParameters
-from attn_dispatch.errors import ArrayError
+from attn_dispatch.errors import ArrayError, GradientError
 from attn_dispatch.reference import attend
 
 SPEC = ad.AttentionSpec(num_heads=6, num_kv_heads=2, head_size=32, dtype="float32")
@@ -123,9 +123,12 @@ def test_a_plan_copies_its_indices_once() -> None:
     assert len({id(step) for step in prepared.values()}) == 1
 
 
-def test_tensors_that_want_a_gradient_are_taken_as_they_are() -> None:
+def test_tensors_that_want_a_gradient_are_no_part_of_the_cache() -> None:
     attn = ad.attention(SPEC, "torch/sdpa")
     plan = attn.plan(ad.AttentionMetadata.build([1], [1], [[0]]))
     x = [torch.randn(1, heads, 32, requires_grad=True) for heads in (6, 2, 2)]
-    out = attn.run(plan, *x, attn.allocate(1))
-    assert not out.requires_grad
+    cache = attn.allocate(1)
+    out = attn.run(plan, *x, cache)
+    assert not cache.key.requires_grad
+    with pytest.raises(GradientError, match="no gradient"):
+        out.sum().backward()
