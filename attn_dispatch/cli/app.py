@@ -21,7 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("doctor")(doctor.doctor)
+
+
+@app.command(
+    "doctor", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
+)
+def _doctor(context: typer.Context) -> None:
+    """Show the machine, each backend with what it needs, and who would run a layer."""
+    raise typer.Exit(doctor.main(context.args))
+
+
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 

@@ -1,119 +1,153 @@
-"""`attn-dispatch doctor`: what this machine is, what is installed, what runs, and what to do about the rest."""
+"""`attn-dispatch doctor`: what this machine is, what is installed, what runs, and what to do about the rest.
+
+Needs none of the packages of the extra `cli`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from typing import Annotated
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-import typer
-from rich.console import Console, Group
-from rich.markup import escape
-from rich.table import Table
-
-from attn_dispatch import dispatch
-from attn_dispatch.cli.options import spec_of
+from attn_dispatch import dispatch, hardware
+from attn_dispatch.cli.installable import install_commands
+from attn_dispatch.cli.model_config import layer_kinds
+from attn_dispatch.cli.options import add_spec_options, spec_of
 from attn_dispatch.cli.probe import Report, ask
+from attn_dispatch.cli.text import emphasised, paragraph, table
+from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.errors import AttentionDispatchError
 
-__all__ = ["doctor"]
+__all__ = ["main"]
 
-_SIGNS = {"ok": "[green]runs[/]", "absent": "[yellow]not here[/]", "broken": "[bold red]BROKEN[/]"}
-_ANSWERS = {"yes": "[green]yes[/]", "no": "[yellow]no[/]", "?": "[bold red]?[/]"}
-
-# For whoever has a device and nothing installed for it: platform -> what brings a backend.
-_ADVICE = {
-    "cpu": "pip install attn-dispatch-cpu",
-    "cuda": "pip install attn-dispatch-cuda (or attn-dispatch-triton, attn-dispatch-torch)",
-    "rocm": "pip install attn-dispatch-rocm (or attn-dispatch-triton, attn-dispatch-torch)",
-    "xpu": "pip install attn-dispatch-torch with torch's XPU build",
-    "tpu": "pip install attn-dispatch-tpu",
-}
+_STATES = {"ok": "runs", "absent": "not here", "untried": "untried", "broken": "BROKEN"}
 
 
-def doctor(
-    heads: Annotated[int, typer.Option(help="Query heads of the layer to ask about.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Its key/value heads.")] = 8,
-    head_size: Annotated[int, typer.Option(help="Its head size.")] = 128,
-    dtype: Annotated[str, typer.Option(help="Its type.")] = "bfloat16",
-    block_size: Annotated[int, typer.Option(help="Tokens in a cache block.")] = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Show the machine, each backend with what it needs, and who would run a layer."""
-    spec = spec_of(heads, kv_heads, head_size, dtype, block_size)
-    installed, machine = dispatch.registry(), dispatch.machine()
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        reports = list(pool.map(ask, installed.names()))
-    problem, explanation = "", None
-    broken = {report.name for report in reports if report.state == "broken" and "killed by" in report.reason}
-    if broken:
-        problem = f"{', '.join(sorted(broken))} crashes when it is loaded or used: no backend was asked in this process"
-    else:
-        try:
-            explanation = dispatch.explain(spec)
-        except AttentionDispatchError as error:
-            problem = str(error)
-    if as_json:
-        data = {
+@dataclass
+class Diagnosis:
+    """What was found out.
+
+    Attributes:
+        platform: what is chosen for.
+        reports: what came of asking each backend, in a process of its own.
+        disabled: backends that ATTN_DISPATCH_DISABLE keeps out of the choice.
+        problems: what stands in the way, in words.
+        layers: for each kind of layer its title and who would run it.
+    """
+
+    platform: str
+    reports: list[Report]
+    disabled: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    layers: list[tuple[str, dispatch.Explanation]] = field(default_factory=list)
+
+    @property
+    def failed(self) -> bool:
+        """Something does not work that should."""
+        return bool(self.problems) or any(report.state == "broken" for report in self.reports)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return plain values for JSON."""
+        machine, registry = dispatch.machine(), dispatch.registry()
+        return {
             "machine": {"name": machine.name, "description": machine.description, "facts": dict(machine.facts)},
-            "platforms": {name: installed.ranked(name) for name in _ADVICE},
-            "backends": [asdict(report) for report in reports],
-            "problems": [*installed.problems, *([problem] if problem else [])],
-            "explanation": explanation.as_dict() if explanation else None,
+            "platform": self.platform,
+            "platforms": {name: registry.ranked(name) for name in hardware.NAMES},
+            "installable": {name: install_commands(name) for name in hardware.NAMES},
+            "backends": [asdict(report) for report in self.reports],
+            "disabled": list(self.disabled),
+            "problems": [*registry.problems, *self.problems],
+            "explanation": self.layers[0][1].as_dict() if self.layers else None,
+            "layers": [{"layers": title, **explanation.as_dict()} for title, explanation in self.layers],
         }
-        typer.echo(json.dumps(data, indent=2, default=str))
-    else:
-        Console(highlight=False).print(_page(reports, problem, explanation))
-    if problem or any(report.state == "broken" for report in reports):
-        raise typer.Exit(1)
 
 
-def _page(reports: list[Report], problem: str, explanation: dispatch.Explanation | None) -> Group:
-    installed, machine = dispatch.registry(), dispatch.machine()
-    parts: list[object] = [f"[bold]Machine[/]  {machine.name}: {escape(machine.description)}"]
-    parts += [
-        f"  [yellow]![/] {escape(str(note))}" for key in ("problems", "notes") for note in machine.facts.get(key, ())
-    ]
-    parts += ["\n[bold]Platforms[/]", _platforms(dispatch.platform()), "\n[bold]Backends[/]", _backends(reports)]
-    parts += [f"[yellow]![/] {escape(text)}" for text in installed.problems]
-    if problem:
-        parts.append(f"[bold red]![/] {escape(problem)}")
-    if explanation is not None:
-        parts.append(f"\n[bold]Who runs[/] {explanation.spec}")
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("backend", "", "why"):
-            table.add_column(column, overflow="fold")
-        for v in explanation.verdicts:
-            chosen = " [bold green]<[/]" if v.backend == explanation.chosen else ""
-            table.add_row(f"{v.backend}{chosen}", _ANSWERS[v.answer], "" if str(v) == "yes" else escape(str(v)))
-        parts.append(table)
+def diagnose(specs: Sequence[tuple[str, AttentionSpec]]) -> Diagnosis:
+    """Ask everything that is installed.
+
+    Args:
+        specs: the layers to ask about, each with its title.
+    """
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        diagnosis = Diagnosis(dispatch.machine().name, list(pool.map(ask, dispatch.registry().names())))
+    crashing = [report.name for report in diagnosis.reports if "killed by" in report.reason]
+    try:
+        settings = dispatch.settings()
+        diagnosis.platform, diagnosis.disabled = settings.platform or diagnosis.platform, settings.disable
+        if crashing:
+            text = f"{', '.join(crashing)}: crashes when it is loaded or used, so no backend was asked in this process"
+            diagnosis.problems.append(text)
+        else:
+            diagnosis.layers = [(title, dispatch.explain(spec)) for title, spec in specs]
+    except AttentionDispatchError as error:
+        diagnosis.problems.append(str(error))
+    return diagnosis
+
+
+def page(diagnosis: Diagnosis) -> str:
+    """Return the diagnosis for people."""
+    machine, registry = dispatch.machine(), dispatch.registry()
+    parts = [paragraph("Machine", f"{machine.name}: {machine.description}")]
+    parts += [paragraph("  !", str(note)) for key in ("problems", "notes") for note in machine.facts.get(key, ())]
+    parts += [f"\n{emphasised('Platforms')}", table([_platform_row(name, diagnosis) for name in hardware.NAMES])]
+    if not registry.ranked(diagnosis.platform):
+        for command in install_commands(diagnosis.platform):
+            parts.append(paragraph("  !", f"for {diagnosis.platform}: {command}"))
+    parts += [f"\n{emphasised('Backends')}", table([_backend_row(report, diagnosis) for report in diagnosis.reports])]
+    parts += [paragraph("!", text) for text in [*registry.problems, *diagnosis.problems]]
+    absent = {report.name for report in diagnosis.reports if report.state == "absent"}
+    for title, explanation in diagnosis.layers:
+        # What was said above of a backend that is not here is not said again for each layer.
+        asked = [v for v in explanation.verdicts if v.backend not in absent or v.backend == explanation.requested]
+        rows = [[f"{v.backend}{' <' * (v.backend == explanation.chosen)}", v.answer, str(v)] for v in asked]
+        parts += [f"\n{emphasised('Who runs')} {title}{explanation.spec}", table(rows)]
         parts.append(
-            f"[bold]{explanation.chosen}[/] would run, by {explanation.source}."
+            f"{emphasised(explanation.chosen)} would run, by {explanation.source}."
             if explanation.chosen
-            else "[bold red]Nothing can run this layer.[/]"
+            else emphasised("Nothing can run this layer.", "1;31")
         )
-    return Group(*[part if isinstance(part, Table) else str(part) for part in parts])
+    return "\n".join(parts)
 
 
-def _platforms(here: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("platform", "backends, in order of choice", "to have one"):
-        table.add_column(column, overflow="fold")
-    for name, advice in _ADVICE.items():
-        found = dispatch.registry().ranked(name)
-        mark = " [bold green]<[/]" if name == here else ""
-        table.add_row(f"{name}{mark}", ", ".join(found) or "[dim]none installed[/]", "" if found else advice)
-    return table
+def _platform_row(name: str, diagnosis: Diagnosis) -> list[str]:
+    ranked = dispatch.registry().ranked(name)
+    return [f"{name}{' <' * (name == diagnosis.platform)}", ", ".join(ranked) or "no backend installed"]
 
 
-def _backends(reports: list[Report]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("backend", "state", "version", "found, and what to do"):
-        table.add_column(column, overflow="fold")
-    for report in reports:
-        text = ". ".join(part.rstrip(".") for part in (report.reason, report.remedy) if part)
-        if report.state == "broken" and report.details:
-            text = f"{text}\n{report.details.splitlines()[-1]}"
-        table.add_row(report.name, _SIGNS[report.state], report.version, escape(text))
-    return table
+def _backend_row(report: Report, diagnosis: Diagnosis) -> list[str]:
+    text = ". ".join(part.rstrip(".") for part in (report.reason, report.remedy) if part)
+    if report.state == "broken" and report.details:
+        text = f"{text}\n{report.details.splitlines()[-1]}"
+    state = "disabled" if report.name in diagnosis.disabled else _STATES[report.state]
+    return [report.name, state, report.version, text]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Show the machine, each backend with what it needs, and who would run a layer.
+
+    Returns:
+        The exit status: 0 well, 1 something does not work, 2 the request was wrong.
+    """
+    parser = argparse.ArgumentParser(prog="attn-dispatch doctor", description=main.__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="a transformers model: ask about each kind of its layers"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    add_spec_options(parser, num_heads=32, num_kv_heads=8, head_size=128, dtype="bfloat16", block_size=32)
+    options = parser.parse_args(arguments)
+    try:
+        specs = [("", spec_of(options))]
+        if options.model is not None:
+            kinds = layer_kinds(options.model, options.block_size, options.kv_cache_dtype)
+            specs = [(f"{count} layers, {kind}: ", spec) for count, kind, spec in kinds]
+    except AttentionDispatchError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    diagnosis = diagnose(specs)
+    sys.stdout.write(json.dumps(diagnosis.as_dict(), indent=2, default=str) if options.json else page(diagnosis))
+    sys.stdout.write("\n")
+    return 1 if diagnosis.failed else 0

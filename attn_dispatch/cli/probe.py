@@ -30,7 +30,8 @@ class Report:
     Attributes:
         name: the backend.
         distribution: what brought it.
-        state: "ok" (a step ran and was right), "absent" (its hardware or vendor is not here), "broken".
+        state: "ok" (a step ran and was right), "absent" (its hardware or vendor is not here), "untried" (it refuses every
+            layer that the doctor tries), "broken".
         reason: in words.
         remedy: what to do.
         version: the vendor's.
@@ -68,7 +69,7 @@ def ask(name: str, timeout_s: float = 180.0) -> Report:
         name,
         distribution,
         reason=f"{how} while this backend was loaded or used",
-        remedy=f"uninstall or mend {distribution}; until then ATTN_DISPATCH_DISABLE={name} keeps it out of the choice",
+        remedy=f"uninstall it or reinstall it ({distribution}); until then ATTN_DISPATCH_DISABLE={name} disables it",
         details=last,
     )
 
@@ -96,27 +97,32 @@ def _probe(name: str) -> dict[str, Any]:
     if not available:
         return answer
     try:
-        problem = _try_step(backend)
+        state, reason = _try_step(backend)
     except Exception:  # whatever a vendor raises is what the doctor is there to show
         return {**answer, "state": "broken", "reason": "a small step failed", "details": traceback.format_exc()}
-    return {**answer, "state": "broken", "reason": problem} if problem else {**answer, "state": "ok"}
+    return {**answer, "state": state, "reason": reason or available.reason}
 
 
-def _try_step(backend: Backend) -> str:
-    """Run one small step and compare it with the reference; return what is wrong, if anything."""
+def _try_step(backend: Backend) -> tuple[str, str]:
+    """Run one small step and compare it with the reference; return the state, and what is wrong."""
     from attn_dispatch.conformance.cases import Case
     from attn_dispatch.conformance.checks import ConformanceError, run_case
 
+    refusal = ""
     for dtype in ("float32", "bfloat16"):
         for block_size in (32, 16, 64, 128):
             spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=128, dtype=dtype, block_size=block_size)
-            if verdict_of(backend, spec):
+            verdict = verdict_of(backend, spec)
+            if verdict.failed:
+                return "broken", str(verdict)
+            if verdict:
                 try:
                     run_case(backend, Case("doctor's step", "", spec, (6, 0), (1, 3)))
                 except ConformanceError as error:
-                    return str(error)
-                return ""
-    return ""
+                    return "broken", str(error)
+                return "ok", ""
+            refusal = refusal or f"refuses every layer that was tried, as {spec}: {verdict}"
+    return "untried", refusal
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ ROOT = Path(attn_dispatch.__file__).parent.parent
 THE_LIST = ROOT / "attn_dispatch" / "hardware" / "platforms.py"
 # Files that still have a list of their own, and who removes it. A file that no longer has one must leave this table.
 EXPECTED = {
-    "attn_dispatch/cli/doctor.py": "select: what could be installed is said by the platforms",
     "attn_dispatch/cli/generate.py": "app: attn_dispatch.platform.torch_device says it",
 }
 
