@@ -30,8 +30,8 @@ class Report:
     Attributes:
         name: the backend.
         distribution: what brought it.
-        state: "ok" (a step ran and was right), "absent" (its hardware or vendor is not here), "untried" (it refuses every
-            layer that the doctor tries), "broken".
+        state: "ok" (a step ran and was right), "absent" (its hardware or vendor is not here), "untried" (it refuses
+            every layer that the doctor tries), "broken".
         reason: in words.
         remedy: what to do.
         version: the vendor's.
