@@ -1,11 +1,11 @@
 """What `openvino/paged` costs per call over OpenVINO's own `infer()` with every tensor bound already.
 
-Paired in one process: short rounds of the bare request, of the adapter (`backend.run`) and of the public door
+Paired in one process: short rounds of the bare request, of the adapter (`backend.run`) and of the public API
 (`Attention.run`, which checks the arrays first) alternate; shown is the median over the rounds of the difference
 between neighbours.
 
-Also shown: the door with the request's `infer()` taken out, which is what is spent in Python and on copying small
-arrays while the processor's caches are warm. (After a real `infer()` they are not: the same lines then cost more.)
+Also shown: the public call with the request's `infer()` taken out, which is what is spent in Python and on copying
+small arrays while the processor's caches are warm. (After a real `infer()` they are not: the same lines cost more.)
 
     python benchmarks/openvino_overhead.py [--json] [--library torch]
 """
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[dict[str, Any], list[int], list[int]]] = {
 def _setup(
     fields: dict[str, Any], new: list[int], lens: list[int], library: str
 ) -> tuple[Timed, Timed, Timed, AbstractContextManager[None]]:
-    """Return the bare request's call, the adapter's, the door's, and a context in which `infer()` does nothing."""
+    """Return the bare request's call, the adapter's, the public one's, and a context in which `infer()` is empty."""
     spec = ad.AttentionSpec(**fields)
     if not (verdict := ad.explain(spec, BACKEND).verdicts[0]):
         raise SystemExit(f"{BACKEND}: {verdict}")
@@ -76,26 +76,24 @@ def _setup(
     # The bare request: a second one of the same compiled model on the same cache, all tensors bound for good.
     import openvino as ov
 
-    from attn_dispatch_openvino.frames import Frame
-    from attn_dispatch_openvino.model import compiled, scalar
-    from attn_dispatch_openvino.places import array_tensor
-    from attn_dispatch_openvino.requests import cache_tensors
+    from attn_dispatch_openvino.layer_request import cache_tensors
+    from attn_dispatch_openvino.step_tensors import StepTensors, array_tensor
 
-    work = plan.work  # type: ignore[attr-defined]
-    model, program = compiled(work.route.program), work.route.program
-    request = model.new_request()
-    frame = Frame(program, work.step, None)
-    frame.load(work.step)
+    batch, program = plan.batch, plan.program  # type: ignore[attr-defined]
+    request = program.new_request()
+    step = StepTensors(program.key, len(batch.past_lens), len(batch.blocks), batch.num_rows, None)
+    step.load(batch)
     key, value = cache_tensors(cache)
-    tensors = dict(frame.tensors) | {"key_cache": key, "value_cache": value}
-    tensors |= {"scale": scalar(spec.scale, np.float32), "sliding_window": scalar(0, np.int32)}
-    shapes = [place.tensor.shape for place in frame.places]
+    tensors = dict(step.tensors) | {"key_cache": key, "value_cache": value}
+    tensors["scale"] = ov.Tensor(np.array(spec.scale, np.float32))
+    tensors["sliding_window"] = ov.Tensor(np.array(0, np.int32))
+    shapes = [buffer.tensor.shape for buffer in step.rows]
     host = [np.ascontiguousarray(as_library(x, "numpy")) for x in (q, k, v)]
     out = np.empty((sum(new), spec.num_heads, spec.value_head_size), host[0].dtype)
     for name, array, shape in zip("qkv", host, shapes, strict=False):
         tensors[name] = array_tensor(array, shape, spec.dtype)
     for name, tensor in tensors.items():
-        request.set_input_tensor(model.inputs[name], tensor)
+        request.set_input_tensor(program.inputs[name], tensor)
     request.set_output_tensor(0, array_tensor(out, shapes[3], spec.dtype))
     assert isinstance(tensors["q"], ov.Tensor)
     keep = (tensors, host, out)
@@ -105,15 +103,15 @@ def _setup(
 
     # A large result would be timed as the page faults of its memory: there the caller gives `out`.
     given = as_library(np.empty_like(out), library) if out.nbytes > 1 << 18 else None
-    own = next(iter(cache.backend_state[BACKEND].requests.values()))  # type: ignore[attr-defined]
+    bound = cache.backend_state[BACKEND].request(program)  # type: ignore[attr-defined]
 
     @contextmanager
     def empty() -> Iterator[None]:
-        infer, own.infer = own.infer, lambda *_: None
+        infer, bound.infer = bound.infer, lambda *_: None
         try:
             yield
         finally:
-            own.infer = infer
+            bound.infer = infer
 
     def adapter() -> Any:
         return attn.backend.run(Call(plan, q, k, v, cache, attn.parameters, given))
@@ -144,16 +142,16 @@ def main() -> None:
         import torch  # noqa: F401  # arrays of a library that has been imported
     rows = []
     for name, (fields, new, lens) in CASES.items():
-        bare, adapter, door, empty = _setup(fields, new, lens, arguments.library)
-        bare_us, adapter_us, door_us = measure([bare, adapter, door], arguments.rounds, 10)
+        bare, adapter, public, empty = _setup(fields, new, lens, arguments.library)
+        bare_us, adapter_us, public_us = measure([bare, adapter, public], arguments.rounds, 10)
         with empty:
-            (hollow_us,) = measure([door], arguments.rounds, 10)
+            (hollow_us,) = measure([public], arguments.rounds, 10)
         rows.append(
             {
                 "case": name,
                 "infer_us": round(statistics.median(bare_us), 1),
                 "adapter_over_us": _over(adapter_us, bare_us),
-                "door_over_us": _over(door_us, bare_us),
+                "public_over_us": _over(public_us, bare_us),
                 "without_infer_us": round(statistics.median(hollow_us), 1),
             }
         )

@@ -192,8 +192,10 @@ def poison(backend: Backend, cache: KVCache) -> None:
 def _fill(attn: Attention, problem: Problem, cache: KVCache) -> None:
     assert problem.context is not None
     batch, k, v = problem.context
-    # A layer that never writes reads what its neighbour, alike but for that, has written.
-    spec = replace(attn.spec, writes_kv=True, returns_lse=False)
+    # A layer that never writes reads what its neighbour, alike but for that, has written: a causal one, if what it
+    # computes is of no consequence and the backend may not have any other.
+    causal = attn.spec.causal or (attn.spec.kind == "decoder" and attn.spec.sees_every_key)
+    spec = replace(attn.spec, writes_kv=True, returns_lse=False, causal=causal)
     writer = attn if spec == attn.spec else attention(spec, attn.backend, **problem.parameters)
     rows = batch.view(spec.kind).num_tokens
     like = any_array(attn.backend, cache)

@@ -1,17 +1,21 @@
-"""The backend: OpenVINO's paged attention op, one compiled model per kind of layer, bound to each layer's cache."""
+"""`openvino/paged`: what OpenVINO's paged attention op is, and what it computes correctly. Imports no vendor.
+
+Each refusal was measured. Most stand for a result that would be wrong without an error.
+"""
 
 from __future__ import annotations
 
-import platform as python_platform
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+import attn_dispatch
 from attn_dispatch import (
     HND,
     AttentionMetadata,
@@ -23,41 +27,62 @@ from attn_dispatch import (
     Capabilities,
     KVCache,
     Plan,
+    Refusal,
     Verdict,
 )
+from attn_dispatch.adapters.environment import num_threads
 from attn_dispatch.contract import Array
 from attn_dispatch.contract.dtypes import numpy_dtype
-from attn_dispatch.errors import BackendRefusedError, CacheError, PlanError
+from attn_dispatch.errors import BackendRefusedError, CacheError, EnvironmentVariableError
 
-from .device import device_name
 from .layouts import GPU, PackedLayout, layout_for
-from .releases import Release, installed_version, known_releases, release_of
-from .steps import Step, paged_step, tree_bias
-from .verdicts import NOTES, cpu_flags, refusals
+from .releases import Release, Target, installed_version, known_releases, release_of
 
-if TYPE_CHECKING:
-    from .execution import Executor, Work
+__all__ = ["DEVICE_VARIABLE", "PagedBackend"]
 
-__all__ = ["PagedBackend", "PagedPlan"]
+DEVICE_VARIABLE = "ATTN_DISPATCH_OPENVINO_DEVICE"
+"""The OpenVINO device to compute on: CPU (the default), GPU or GPU.<number>."""
+
+_DEVICE = re.compile(r"CPU|GPU(\.\d+)?")
+_INSTALL = "pip install 'openvino>=2025.4,<2026.5'"
+_CPU_BLOCK, _GPU_BLOCK = 32, 16
+_MIN_HEAD, _MAX_HEAD = 8, 512
+_PACKED_RATIO = 4  # seen with a checking malloc: in float32, beyond D = 4 Dv it writes past the end of a buffer
+
+_CPU_CACHES = {
+    "float32": ("float32", "float16", "uint8", "uint4"),
+    "float16": ("float16", "float32"),
+    "bfloat16": ("bfloat16", "uint8", "uint4"),
+}
+_GPU_CACHES = {"float32": ("float16",), "float16": ("float16",)}
+"""Cache types by compute type."""
+
+_NOTES = {
+    "uint8": "8-bit cache, a scale per token and head: results are off by about 1 % (root mean square)",
+    "uint4": "4-bit cache, a scale per token and head: results are off by about 15 % (root mean square)",
+}
+"""What a user should know of a yes, by cache type: measured on numbers of unit variance (tests/test_cache_types.py)."""
+
+_OTHER = "Use another backend"
+_NEWER = "Install OpenVINO 2026.3 or newer"
+_NEWER_THAN_2025 = "Install OpenVINO 2026.0 or newer"
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class PagedPlan(Plan):
-    """A step for the op.
+def device_name() -> str:
+    """Return the OpenVINO device that the environment asks for.
 
-    Attributes:
-        step: what the op is given; None: no row attends to anything.
-        op_writes: the op writes the step's keys and values itself; else NumPy does, before.
-        tree: the op's (mask, where each sequence's begins) among new tokens, if the step has one.
-        work: what the executor looks up once; made by the first run.
-        own_work: likewise over pages of the backend's own, and how many, for an encoder layer without a cache.
+    Raises:
+        EnvironmentVariableError: it is neither the CPU nor a GPU.
     """
+    name = os.environ.get(DEVICE_VARIABLE) or "CPU"
+    if not _DEVICE.fullmatch(name):
+        raise EnvironmentVariableError(f"{DEVICE_VARIABLE}={name!r} is not a device. Known: CPU, GPU, GPU.<number>")
+    return name
 
-    step: Step | None
-    op_writes: bool
-    tree: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]] | None = None
-    work: Work | None = None
-    own_work: tuple[Work | None, int] | None = None
+
+def cpu_flags() -> frozenset[str]:
+    """Return what the processor says it can do (nothing on systems that do not tell)."""
+    return frozenset(attn_dispatch.platform.facts.get("cpu_flags", ()))
 
 
 class PagedBackend(Backend):
@@ -68,38 +93,33 @@ class PagedBackend(Backend):
         libraries=("numpy", "torch"), nan_safe=True, applies_scales=False
     )
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self._lock = threading.Lock()
-        self._executor: Executor | None = None
-
     def probe(self) -> Availability:
         """Look for OpenVINO of a release that was measured, and for the device."""
-        found = installed_version()
-        if found is None:
-            return Availability(False, "OpenVINO is not installed", "pip install 'openvino>=2025.4,<2026.5'")
-        if release_of(found) is None:
-            reason = f"OpenVINO {found}: its attention op was not measured; releases that are known: {known_releases()}"
-            return Availability(False, reason, "pip install 'openvino>=2025.4,<2026.5'", found)
+        version = installed_version()
+        if not version:
+            return Availability(False, "OpenVINO is not installed", _INSTALL)
+        if release_of(version) is None:
+            known = f"its attention op was not measured; releases that are known: {known_releases()}"
+            return Availability(False, f"OpenVINO {version}: {known}", _INSTALL, version)
         device = device_name()
         if device != "CPU":
             if not any(Path("/dev/dri").glob("renderD*")):
-                reason = f"ATTN_DISPATCH_OPENVINO_DEVICE={device}, but there is no GPU here (/dev/dri/renderD* absent)"
-                return Availability(False, reason, "unset ATTN_DISPATCH_OPENVINO_DEVICE", found)
-            return Availability(True, f"OpenVINO {found} on {device}", version=found, evidence="never run")
-        if python_platform.machine().lower() not in ("x86_64", "amd64") or "avx2" not in cpu_flags():
-            return Availability(False, "needs an x86-64 processor with AVX2", "Use another backend", found)
-        return Availability(True, f"OpenVINO {found} on the CPU", version=found)
+                reason = f"{DEVICE_VARIABLE}={device}, but there is no GPU here (/dev/dri/renderD* absent)"
+                return Availability(False, reason, f"unset {DEVICE_VARIABLE}", version)
+            return Availability(True, f"OpenVINO {version} on {device}", version=version, evidence="never run")
+        if missing := _missing_on_cpu():
+            return Availability(False, missing, _OTHER, version)
+        return Availability(True, f"OpenVINO {version} on the CPU", version=version)
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Everything that the installed release computes correctly."""
-        release, device = self._release(), device_name()
-        found = tuple(refusals(spec, release, device))
-        if found:
-            return self.refuse(*found)
+        device = device_name()
+        refusals = tuple(_refusals(spec, self._release(), device))
+        if refusals:
+            return self.refuse(*refusals)
         if device != "CPU":
             return self.accept("built the way the GPU plug-in's layouts want it; never run on one by this project")
-        return self.accept(NOTES.get(spec.kv_cache_dtype, ""))
+        return self.accept(_NOTES.get(spec.kv_cache_dtype, ""))
 
     def layout(self, spec: AttentionSpec) -> CacheLayout:
         """HND, or OpenVINO's own packing of uint8 and uint4."""
@@ -111,11 +131,12 @@ class PagedBackend(Backend):
 
     def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
         """Return a zeroed cache; for a GPU, of host memory that it shares."""
-        if device not in (None, "cpu") and not str(device).upper().startswith("GPU"):
+        computes_on = device_name()
+        if str(device or "cpu").upper() not in ("CPU", computes_on):
             raise CacheError(f"device={device!r}: {self.name} keeps caches in host memory; give device='cpu'")
         cache = super().allocate(spec, num_blocks, "cpu")
-        if device_name() != "CPU":
-            self._execute().share_with_device(cache, device_name())
+        if computes_on != "CPU":
+            self._calls.share_with_device(cache, self._target())
         return cache
 
     def to_layout(self, cache: KVCache, layout: CacheLayout) -> KVCache:
@@ -127,16 +148,13 @@ class PagedBackend(Backend):
             )
         return super().to_layout(cache, layout)
 
-    def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> PagedPlan:
+    def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> Plan:
         """Work out the op's own form of the batch."""
         return self._plan(spec, metadata, None)
 
     def plan_tree(
-        self,
-        spec: AttentionSpec,
-        metadata: AttentionMetadata,
-        masks: Sequence[npt.NDArray[np.bool_] | None],
-    ) -> PagedPlan:
+        self, spec: AttentionSpec, metadata: AttentionMetadata, masks: Sequence[npt.NDArray[np.bool_] | None]
+    ) -> Plan:
         """Prepare a step in which a sequence's new tokens are a tree (speculative decoding), not a line.
 
         The plan is given to `Attention.run` like any other. Every new token sees all tokens before the step.
@@ -151,70 +169,114 @@ class PagedBackend(Backend):
             BackendRefusedError: this release, or a layer like this one, has no tree masks.
             MetadataError: a mask does not fit its sequence.
         """
-        refused = None
         if not self._release().trees:
-            refused = f"OpenVINO {installed_version()} ignores tree masks; install 2026.3 or newer"
+            refusal = f"OpenVINO {installed_version()} ignores tree masks; install 2026.3 or newer"
         elif spec.kind != "decoder" or not spec.causal or spec.has_window or device_name() != "CPU":
-            refused = f"tree masks are for causal decoder layers without a window, on the CPU; this one is {spec}"
-        if refused:
-            raise BackendRefusedError(f"{self.name}: {refused}")
-        return self._plan(spec, metadata, masks)
+            refusal = f"tree masks are for causal decoder layers without a window, on the CPU; this one is {spec}"
+        else:
+            return self._plan(spec, metadata, masks)
+        raise BackendRefusedError(f"{self.name}: {refusal}")
 
     def run(self, call: Call) -> Array | tuple[Array, Array]:
-        """Write and attend; see `Executor.run`."""
-        plan, q, k, v = call.plan, call.q, call.k, call.v
-        cache, layer, out = call.cache, call.layer, call.out
-        executor = self._executor
-        if executor is None:
-            executor = self._execute()
-        if not isinstance(plan, PagedPlan):
-            raise PlanError(f"{self.name} runs plans of its own; this {type(plan).__name__} is another backend's")
-        return executor.run(plan, q, k, v, cache, layer, out)
+        """Write and attend; see `paged_call.run`."""
+        return self._calls.run(call, self.allocate)
+
+    @cached_property
+    def _calls(self) -> Any:
+        from . import paged_call  # imports the vendor: not before something is computed
+
+        return paged_call
+
+    def _plan(
+        self, spec: AttentionSpec, metadata: AttentionMetadata, masks: Sequence[npt.NDArray[np.bool_] | None] | None
+    ) -> Plan:
+        plan: Plan = self._calls.make_plan(spec, metadata.view(spec.kind), self._target(), masks)
+        return plan
+
+    def _target(self) -> Target:
+        return Target(self._release(), device_name(), num_threads())
 
     def _release(self) -> Release:
-        found = installed_version()
-        release = release_of(found) if found else None
+        version = installed_version()
+        release = release_of(version)
         if release is None:
             raise BackendRefusedError(f"{self.name}: {self.probe().reason}")
         return release
 
-    def _execute(self) -> Executor:
-        with self._lock:
-            if self._executor is None:
-                from .execution import Executor  # imports the vendor: not before something is computed
 
-                self._executor = Executor(self, self._release())
-            return self._executor
+def _missing_on_cpu() -> str:
+    """Return what the op needs and this machine lacks; empty when nothing."""
+    facts = attn_dispatch.platform.facts
+    system, machine = facts.get("system", ""), facts.get("machine", "")
+    if machine.lower() not in ("x86_64", "amd64"):
+        return f"the op was measured on x86-64 alone, this machine is {machine or 'of an unknown architecture'}"
+    if not cpu_flags():
+        return f"needs AVX2, and {system or 'this system'} does not list the processor's instruction sets in a file"
+    return "" if "avx2" in cpu_flags() else "needs AVX2, which this processor lacks"
 
-    def _plan(
-        self, spec: AttentionSpec, metadata: AttentionMetadata, masks: Sequence[npt.NDArray[np.bool_] | None] | None
-    ) -> PagedPlan:
-        release, view = self._release(), metadata.view(spec.kind)
-        cross = spec.sees_every_key
-        step = None
-        if view.side.has_blocks:
-            # Without token types, a row that is given alone is the only one that sees all keys.
-            step = paged_step(
-                view,
-                causal=spec.causal,
-                rows_at_once=1 if cross and not release.token_types else None,
-                clears_tails=release.clears_keys or spec.kv_cache_dtype in ("float32", "bfloat16"),
-            )
-        tree = None
-        if masks is not None and step is not None:
-            if step.parted:
-                raise BackendRefusedError(
-                    f"{self.name}: a tree's last block is shared with a sequence that has more tokens in it; give the "
-                    "tree a copy of the block (cache.copy_blocks)"
-                )
-            tree = tree_bias(masks, view.query_lens, step.sequences)
-        return PagedPlan(
-            spec=spec,
-            view=view,
-            step=step,
-            op_writes=step is not None
-            and spec.writes_kv
-            and not (cross or step.parted)
-            and view.side.num_written == step.num_rows,
-            tree=tree,
-        )
+
+def _refusals(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refusal]:
+    """Yield every reason why a spec cannot be run."""
+    yield from _type_refusals(spec, release, device)
+    block = _CPU_BLOCK if device == "CPU" else _GPU_BLOCK
+    if spec.block_size != block:
+        yield Refusal("block_size", spec.block_size, f"needs {block}", f"Ask for block_size={block}")
+    with np.errstate(over="ignore"):
+        scale = np.float32(spec.scale)
+    if scale == 0:
+        yield Refusal("scale", spec.scale, "the op takes 0 for 1 / sqrt(head_size)", _OTHER)
+    elif not np.isfinite(scale):
+        yield Refusal("scale", spec.scale, "is beyond float32", _OTHER)
+    if spec.logits_soft_cap is not None:
+        yield Refusal("logits_soft_cap", spec.logits_soft_cap, "the op has no soft-cap", _OTHER)
+    if spec.returns_lse:
+        yield Refusal("returns_lse", True, "the op does not return LSE", _OTHER)
+    yield from _mask_refusals(spec, release)
+    if spec.sinks and not release.sinks:
+        yield Refusal("sinks", True, "this release ignores sinks", _NEWER_THAN_2025)
+
+
+def _type_refusals(spec: AttentionSpec, release: Release, device: str) -> Iterator[Refusal]:
+    by_dtype = _CPU_CACHES if device == "CPU" else _GPU_CACHES
+    caches, stored = by_dtype.get(spec.dtype), spec.kv_cache_dtype
+    if caches is None:
+        yield Refusal("dtype", spec.dtype, f"needs {', '.join(by_dtype)}", _OTHER)
+        return
+    packed = stored.startswith("uint")
+    if stored not in caches:
+        accepts = f"with dtype={spec.dtype} it stores {', '.join(caches)}"
+        yield Refusal("kv_cache_dtype", stored, accepts, f"Ask for {caches[0]}")
+    elif packed and not release.reads_only:
+        accepts = "this release cannot leave a cache as it is, and rewriting would round again"
+        yield Refusal("kv_cache_dtype", stored, accepts, _NEWER)
+    elif stored == "float16" and not release.float16_exact:
+        yield Refusal("kv_cache_dtype", stored, "this release does not round to nearest", _NEWER)
+    if spec.dtype == "bfloat16" and device == "CPU" and not cpu_flags() & {"avx512_bf16", "amx_bf16"}:
+        # OpenVINO lists BF16 among its capabilities there too, and then crashes.
+        accepts = "this processor has neither avx512_bf16 nor amx_bf16"
+        yield Refusal("dtype", "bfloat16", accepts, "Ask for float32")
+    if packed and spec.head_size > _PACKED_RATIO * spec.value_head_size:
+        least = -(-spec.head_size // _PACKED_RATIO)
+        accepts = f"a {stored} cache with head_size={spec.head_size} needs {least}: the op corrupts memory"
+        yield Refusal("value_head_size", spec.value_head_size, accepts, f"Ask for kv_cache_dtype={spec.dtype}")
+    even = "bfloat16" if spec.dtype == "bfloat16" else "a uint4 cache" if stored == "uint4" else ""
+    for field in ("head_size", "value_head_size"):
+        size = getattr(spec, field)
+        if not _MIN_HEAD <= size <= _MAX_HEAD:
+            yield Refusal(field, size, f"{_MIN_HEAD} to {_MAX_HEAD} were measured", _OTHER)
+        elif even and size % 2:
+            yield Refusal(field, size, f"odd sizes give NaN in {even}", "Ask for float32")
+
+
+def _mask_refusals(spec: AttentionSpec, release: Release) -> Iterator[Refusal]:
+    if spec.has_window and not release.window:
+        yield Refusal("window", spec.window, "this release's window is one token off", _NEWER_THAN_2025)
+    if spec.has_window and spec.alibi:
+        yield Refusal("window", spec.window, "with a window the op drops ALiBi", _OTHER)
+    if not spec.causal and spec.has_window:
+        yield Refusal("window", spec.window, "windows are for causal layers: the op would ignore it", _OTHER)
+    if not (spec.causal or spec.sees_every_key or release.token_types):
+        yield Refusal("causal", False, "this release ignores token types, which make tokens see ahead", _NEWER)
+    if not spec.causal and spec.alibi:
+        accepts = "the op's bias has a sign: tokens ahead would be favoured"
+        yield Refusal("alibi", True, accepts, "Ask for causal=True, or another backend")

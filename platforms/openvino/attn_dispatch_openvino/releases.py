@@ -1,16 +1,17 @@
 """What each OpenVINO release's attention op takes and does, read from package metadata: no vendor import.
 
-The op is experimental: its inputs grew from 13 to 28, and a release may accept an input that it then ignores. What is
-said here was measured release by release with the conformance kit, never inferred from the list of inputs.
+The op is experimental: its inputs grew from 13 to 28, and a release may accept an input that it then ignores. What
+stands here was measured release by release with the conformance kit, never inferred from the list of inputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
-__all__ = ["INPUTS", "RELEASES", "Release", "installed_version", "known_releases", "release_of"]
+from attn_dispatch.adapters.environment import Packages
+
+__all__ = ["INPUTS", "RELEASES", "Release", "Target", "installed_version", "known_releases", "release_of"]
 
 INPUTS = (
     "q", "k", "v", "key_cache", "value_cache",
@@ -28,8 +29,7 @@ INPUTS = (
 """The op's inputs in order. Releases have only ever added at the end: an older one takes the first so many."""
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(NamedTuple):
     """One minor release, as measured.
 
     Attributes:
@@ -41,7 +41,7 @@ class Release:
         token_types: token types make the new tokens of a sequence see each other (before, they were ignored or wrong).
         trees: a mask among the new tokens is applied.
         float16_exact: a float16 cache is written with rounding to nearest.
-        clears_keys: what the op clears (see `steps._tails`) is in the keys too, and in caches of every type.
+        clears_keys: what the op clears (see `device_batch._tails`) is in the keys too, and in caches of every type.
     """
 
     inputs: int
@@ -52,6 +52,14 @@ class Release:
     trees: bool = False
     float16_exact: bool = True
     clears_keys: bool = False
+
+
+class Target(NamedTuple):
+    """What computes: the installed release, OpenVINO's name of the device, and how many threads (of the CPU)."""
+
+    release: Release
+    device: str
+    threads: int
 
 
 RELEASES: dict[tuple[int, int], Release] = {
@@ -65,12 +73,9 @@ RELEASES: dict[tuple[int, int], Release] = {
 
 
 @cache
-def installed_version() -> str | None:
-    """Return the version of the installed OpenVINO, or None."""
-    try:
-        return version("openvino")
-    except PackageNotFoundError:
-        return None
+def installed_version() -> str:
+    """Return the version of the installed OpenVINO; empty when there is none."""
+    return Packages().version("openvino")
 
 
 @cache

@@ -72,12 +72,9 @@ def test_precisions_are_never_openvinos_defaults(layer: Callable[..., Any]) -> N
     attn = it.on()
     plan = attn.plan(AttentionMetadata.build([1], [1], [[0]]))
     attn.run(plan, *it.arrays(1), attn.allocate(1))
-    from attn_dispatch_openvino.model import compiled
-
-    model = compiled(plan.work.route.program)
-    said = {key: model.property(key) for key in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")}
-    assert {key: value.get_type_name() for key, value in said.items()} == dict.fromkeys(said, "f32")
-    assert model.property("ENABLE_CPU_PINNING") is False
+    options = {key: plan.program.property(key) for key in ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")}
+    assert {key: value.get_type_name() for key, value in options.items()} == dict.fromkeys(options, "f32")
+    assert plan.program.property("ENABLE_CPU_PINNING") is False
 
 
 def test_a_branch_takes_a_copy_of_part_of_a_block(layer: Callable[..., Any], types: tuple[str, str]) -> None:

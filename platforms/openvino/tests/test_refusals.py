@@ -37,7 +37,10 @@ SILENT = {
         {"kv_cache_dtype": "uint4", "value_head_size": 8}, "value_head_size", "needs 16", "float32"),
     "a head size that was not measured": ({"head_size": 520}, "head_size", "8 to 512", "another backend"),
     "a soft-cap": ({"logits_soft_cap": 30.0}, "logits_soft_cap", "no soft-cap", "another backend"),
-    "the log-sum-exp": ({"returns_lse": True}, "returns_lse", "log-sum-exp", "another backend"),
+    "the log-sum-exp": ({"returns_lse": True}, "returns_lse", "does not return LSE", "another backend"),
+    "a scale of zero": ({"scale": 0.0}, "scale", "1 / sqrt", "another backend"),
+    "a scale that float32 rounds to zero": ({"scale": 1e-46}, "scale", "1 / sqrt", "another backend"),
+    "a scale that float32 does not hold": ({"scale": 1e39}, "scale", "beyond float32", "another backend"),
     "blocks of 16": ({"block_size": 16}, "block_size", "needs 32", "block_size=32"),
     "blocks of 64": ({"block_size": 64}, "block_size", "needs 32", "block_size=32"),
     "a bfloat16 cache of float32": ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype", "float16", "float32"),
@@ -99,7 +102,7 @@ def test_every_reason_is_given_at_once() -> None:
 def test_bfloat16_needs_a_processor_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenVINO lists BF16 on processors without it, and then crashes."""
     flags = frozenset({"avx2", "fma", "f16c", "avx512f"})
-    monkeypatch.setattr("attn_dispatch_openvino.verdicts.cpu_flags", lambda: flags)
+    monkeypatch.setattr("attn_dispatch_openvino.paged.cpu_flags", lambda: flags)
     verdict = ad.explain(make(dtype="bfloat16"), NAME).verdicts[0]
     assert [r.field for r in verdict.refusals] == ["dtype"]
     assert "avx512_bf16" in str(verdict)
@@ -269,6 +272,35 @@ def test_a_cache_that_is_not_what_it_says(layer: Callable[..., Any], spoil: Call
     with pytest.raises(CacheError, match="key array"):
         attn.run(attn.plan(AttentionMetadata.build([1], [1], [[1]])), *it.arrays(1), cache)
     assert not good.value.any()
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "halves of [N, K, B, 2D]": lambda shape: np.zeros((*shape[:3], 2 * shape[3]), np.float32)[..., : shape[3]],
+    "[N, 2, K, B, D]": lambda shape: np.zeros((shape[0], 2, *shape[1:]), np.float32)[:, 0],
+    "[N, B, K, D] transposed": lambda shape: np.zeros((shape[0], shape[2], shape[1], shape[3]), np.float32).transpose(
+        0, 2, 1, 3
+    ),
+    "every second element": lambda shape: np.zeros((*shape[:3], 2 * shape[3]), np.float32)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("view", list(VIEWS))
+def test_a_cache_in_an_engines_memory_must_be_dense(layer: Callable[..., Any], view: str, library: str) -> None:
+    """OpenVINO copies what is not dense into a tensor of its own: the engine's memory would never be written."""
+    torch = pytest.importorskip("torch", reason="not run: torch is not installed") if library == "torch" else None
+    it = layer()
+    attn = it.on()
+    key, value = VIEWS[view]((2, 2, 32, 64)), np.zeros((2, 2, 32, 64), np.float32)
+    arrays = {"key": torch.from_numpy(key), "value": torch.from_numpy(value)} if torch else {"key": key, "value": value}
+    with pytest.raises(CacheError, match=r"key array .*contiguous"):
+        attn.run(
+            attn.plan(AttentionMetadata.build([1], [1], [[1]])),
+            *it.arrays(1),
+            KVCache(attn.backend, it.spec.geometry, HND, 2, arrays),
+        )
+    assert not key.any()
+    assert not value.any()
 
 
 def test_a_cache_of_another_layout_says_how_to_convert_it(layer: Callable[..., Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from attn_dispatch_openvino.releases import INPUTS, RELEASES, installed_version,
 
 NAME = "openvino/paged"
 SPEC = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, dtype="float32")
-UNKNOWN = ["2024.6.0", "2025.3.0", "2026.5.0", "2027.0.0", "2026", "nightly", ""]
+UNKNOWN = ["2024.6.0", "2025.3.0", "2026.5.0", "2027.0.0", "2026", "nightly"]
 
 
 @pytest.mark.parametrize("version", UNKNOWN)
@@ -40,7 +39,7 @@ def test_a_release_that_was_not_measured(version: str, monkeypatch: pytest.Monke
 
 
 def test_without_openvino(monkeypatch: pytest.MonkeyPatch, still_computes: None) -> None:
-    monkeypatch.setattr("attn_dispatch_openvino.paged.installed_version", lambda: None)
+    monkeypatch.setattr("attn_dispatch_openvino.paged.installed_version", lambda: "")
     found = registry().load(NAME).probe()
     assert not found
     assert (found.reason, found.remedy[:11]) == ("OpenVINO is not installed", "pip install")
@@ -58,43 +57,44 @@ def test_lists_of_inputs_only_grow() -> None:
     assert counts == sorted(counts)
 
 
-def program(inputs: int) -> Any:
-    from attn_dispatch_openvino.model import Program
+def key(inputs: int) -> Any:
+    from attn_dispatch_openvino.program import ProgramKey
+    from attn_dispatch_openvino.releases import Target
 
-    release = release_of(installed_version() or "")
+    release = release_of(installed_version())
     assert release is not None
-    return Program(
+    return ProgramKey(
         num_heads=4, num_kv_heads=2, head_size=64, value_head_size=64, dtype="float32", cache_dtype="float32",
-        alibi=False, sinks=False, token_types=False, tree=False, writes=True, device="CPU", threads=1,
-        release=replace(release, inputs=inputs),
+        alibi=False, sinks=False, token_types=False, tree=False, writes=True,
+        target=Target(release._replace(inputs=inputs), "CPU", 1),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("inputs", range(13, len(INPUTS) + 1))
 def test_the_installed_op_takes_the_inputs_that_are_known_of_it(inputs: int, still_computes: None) -> None:
     """An experimental op may change under the same version: then its own check says so, and we say what to do."""
-    from attn_dispatch_openvino.model import compiled
+    from attn_dispatch_openvino.program import compiled
 
-    release = release_of(installed_version() or "")
+    release = release_of(installed_version())
     assert release is not None
     if inputs == release.inputs:
-        assert compiled(program(inputs)).inputs.keys() >= set(INPUTS[:9])
+        assert compiled(key(inputs)).inputs.keys() >= set(INPUTS[:9])
         return
     with pytest.raises(BackendLoadError, match=rf"does not take the {inputs} inputs.*2025\.4, 2026\.0.*pip install"):
-        compiled(program(inputs))
+        compiled(key(inputs))
 
 
 def test_a_list_of_inputs_in_another_order(monkeypatch: pytest.MonkeyPatch, still_computes: None) -> None:
     """As many inputs, but not those: the op looks at types and ranks."""
-    from attn_dispatch_openvino import model
+    from attn_dispatch_openvino import program as compiling
 
-    release = release_of(installed_version() or "")
+    release = release_of(installed_version())
     assert release is not None
     swapped = list(INPUTS)
     swapped[5], swapped[9] = swapped[9], swapped[5]  # lengths where the scale is expected
-    monkeypatch.setattr(model, "INPUTS", tuple(swapped))
+    monkeypatch.setattr(compiling, "INPUTS", tuple(swapped))
     with pytest.raises(BackendLoadError, match="Releases that are known"):
-        model._source(program(release.inputs))
+        compiling._model(key(release.inputs))
     monkeypatch.undo()
 
 

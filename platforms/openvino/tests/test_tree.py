@@ -16,7 +16,7 @@ from attn_dispatch.reference import attend
 from attn_dispatch_openvino.releases import installed_version, release_of
 
 NAME = "openvino/paged"
-RELEASE = release_of(installed_version() or "")
+RELEASE = release_of(installed_version())
 HAS_TREES = RELEASE is not None and RELEASE.trees
 
 needs_trees = pytest.mark.skipif(not HAS_TREES, reason=f"refused: OpenVINO {installed_version()} has no tree masks")

@@ -9,6 +9,7 @@ import pytest
 
 import attn_dispatch as ad
 from attn_dispatch.contract.arrays import as_numpy
+from attn_dispatch.errors import ArrayError
 
 torch = pytest.importorskip("torch", reason="not run: torch is not installed")
 
@@ -112,3 +113,28 @@ def test_what_is_not_contiguous_is_copied(layer: Layer) -> None:
     for seed in range(3):
         wide = [torch.from_numpy(np.concatenate([x, x], axis=2)) for x in layer.arrays(3, seed)]
         assert near(*layer.run(*(x[:, :, : layer.spec.head_size] for x in wide)))
+
+
+def test_an_output_on_another_device(layer: Layer) -> None:
+    """Its address means nothing to this process: writing there ended it."""
+    q, k, v = (torch.from_numpy(x) for x in layer.arrays(3, 0))
+    heads, size = layer.spec.num_heads, layer.spec.head_size
+    with pytest.raises(ArrayError, match=r"^out .*meta"):
+        layer.run(q, k, v, out=torch.empty((3, heads, size), device="meta"))
+    assert near(*layer.run(q, k, v))
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_negative_views_are_read_as_what_they_stand_for(layer: Layer, which: str) -> None:
+    """torch keeps a sign beside the memory (`imag` of a conjugate): the memory itself holds the opposite."""
+    arrays = dict(zip("qkv", map(torch.from_numpy, layer.arrays(3, 0)), strict=True))
+    negative = torch._neg_view(arrays[which])
+    (own, plan, cache), (exact, its_plan, its_cache) = layer.sides
+    resolved = arrays | {which: -arrays[which]}
+    expected = exact.run(its_plan, *(x.numpy() for x in resolved.values()), its_cache)
+    try:
+        found = own.run(plan, *(arrays | {which: negative}).values(), cache)
+    except ArrayError as error:
+        assert which in str(error)  # noqa: PT017  # refusing is as good as computing
+        return
+    assert near(found, expected)

@@ -12,26 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_dispatch import AttentionMetadata
-from attn_dispatch_openvino.steps import Step, paged_step
+from attn_dispatch_openvino.device_batch import DeviceBatch, paged_batch
 
 NAME = "openvino/paged"
 BLOCK = 32
 
 
-def check(step: Step, num_blocks: int) -> None:
+def check(batch: DeviceBatch, num_blocks: int) -> None:
     """The lists are what keeps the op inside its memory: every relation between them, spelled out."""
-    lens, used = np.diff(step.begins), np.diff(step.block_begins)
-    keys = step.past_lens + lens
-    assert step.longest == keys.max()
-    assert (step.past_lens >= 0).all()
+    lens, used = np.diff(batch.begins), np.diff(batch.block_begins)
+    keys = batch.past_lens + lens
+    assert batch.max_context_len == keys.max()
+    assert (batch.past_lens >= 0).all()
     assert (lens > 0).all()
-    assert step.begins[0] == step.block_begins[0] == 0
-    assert step.begins[-1] == step.num_rows
+    assert batch.begins[0] == batch.block_begins[0] == 0
+    assert batch.begins[-1] == batch.num_rows
     np.testing.assert_array_equal(used, -(-keys // BLOCK))
-    assert step.block_begins[-1] <= len(step.blocks)
-    assert step.blocks.min() >= 0
-    assert step.blocks.max() < num_blocks
-    for array in (step.past_lens, step.begins, step.blocks, step.block_begins):
+    assert batch.block_begins[-1] <= len(batch.blocks)
+    assert batch.blocks.min() >= 0
+    assert batch.blocks.max() < num_blocks
+    for array in (batch.past_lens, batch.begins, batch.blocks, batch.block_begins):
         assert array.dtype == np.int32
         assert array.flags.c_contiguous
 
@@ -55,15 +55,15 @@ def test_any_batch(
         tables[1][0] = tables[0][0]  # a prefix in common, up to the middle of a block or to its end
     slots = [-1] * sum(new)  # nobody writes: two may share any block
     view = AttentionMetadata.build(new, lens, tables, BLOCK, slot_mapping=slots).view("decoder")
-    step = paged_step(view, causal=causal, rows_at_once=rows_at_once, clears_tails=clears)
+    batch = paged_batch(view, causal=causal, rows_at_once=rows_at_once, clears_tails=clears)
     seen = [m for n, m in zip(new, lens, strict=True) if n and m]
     if not seen:
-        assert step is None
+        assert batch is None
         return
-    assert step is not None
-    check(step, 60)
-    assert step.longest == max(seen)
-    assert step.num_rows == sum(n for n, m in zip(new, lens, strict=True) if m)
+    assert batch is not None
+    check(batch, 60)
+    assert batch.max_context_len == max(seen)
+    assert batch.num_rows == sum(n for n, m in zip(new, lens, strict=True) if m)
 
 
 def test_the_op_is_told_the_exact_length(layer: Callable[..., Any]) -> None:
@@ -77,17 +77,17 @@ def test_the_op_is_told_the_exact_length(layer: Callable[..., Any]) -> None:
     reference.run(reference.plan(fill), *rows, checked)
     plans = {n: attn.plan(AttentionMetadata.build([1], [n], [list(range(20))])) for n in (600, 599, 590, 577)}
     q, k, v = rows
-    frames = set()
+    sizes = set()
     for n in (600, 577, 600, 590, 599, 577):
         last = slice(n - 1, n)
         found = attn.run(plans[n], q[last], k[last], v[last], cache)
         expected = reference.run(reference.plan(AttentionMetadata.build([1], [n], [list(range(20))])),
                                  q[last], k[last], v[last], checked)  # fmt: skip
         np.testing.assert_allclose(found, expected, atol=1e-5)
-        frame = plans[n].work.frame[1]
-        assert int(frame.tensors["max_context_len"].data) == n
-        frames.add(id(frame))
-    assert len(frames) == 1
+        tensors = plans[n].tensors[1]
+        assert int(tensors.tensors["max_context_len"].data) == n
+        sizes.add(id(tensors))
+    assert len(sizes) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

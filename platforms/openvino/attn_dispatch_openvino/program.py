@@ -1,14 +1,12 @@
-"""The op as a compiled model: one per heads, types and features, shared by every layer that has those.
+"""`Program`: the op, compiled. One per heads, types and features, shared by every layer that has those.
 
 This module imports OpenVINO: only what computes may import it.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import openvino as ov
@@ -18,9 +16,13 @@ from openvino.op import _PagedAttentionExtension as PagedAttentionOp
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import BackendLoadError
 
-from .releases import INPUTS, Release, known_releases
+from .fork_safety import fork_safe_lock
+from .releases import INPUTS, Target, known_releases
 
-__all__ = ["ELEMENT", "Model", "Program", "compiled", "core", "scalar"]
+__all__ = ["ELEMENT", "MOST_PROGRAMS", "Program", "ProgramKey", "compiled", "core"]
+
+MOST_PROGRAMS = 32
+"""Compiled programs that are kept (2 MB each): the least recently used goes, unless a cache's request still has it."""
 
 ELEMENT: dict[str, Any] = {
     "float32": ov.Type.f32,
@@ -30,15 +32,15 @@ ELEMENT: dict[str, Any] = {
     "uint4": ov.Type.u4,
 }
 _PRECISION = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint8": "u8", "uint4": "u4"}
-_LIST_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
-_compiling = threading.Lock()
+_INDEX_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins")
+_compiling = fork_safe_lock()
 
 
-@dataclass(frozen=True)
-class Program:
-    """What a compiled model depends on. Everything else (scale, window, slopes, sinks) is an input on the CPU.
+class ProgramKey(NamedTuple):
+    """What a program depends on. Everything else (scale, window, slopes, sinks) is an input on the CPU.
 
     Attributes:
+        writes: the op writes new keys and values into the cache.
         constants: (scale, window, slopes, sinks) of one layer, for devices that want them in the model.
     """
 
@@ -53,44 +55,38 @@ class Program:
     token_types: bool
     tree: bool
     writes: bool
-    device: str
-    threads: int
-    release: Release
+    target: Target
     constants: tuple[float, int, tuple[float, ...] | None, tuple[float, ...] | None] | None = None
 
 
-class Model:
-    """A compiled model and where its inputs are.
+class Program:
+    """The op, compiled.
 
     Attributes:
-        program: what it was compiled for.
+        key: what it was compiled for.
         inputs: index of each input by name.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._compiled = core().compile_model(*_source(program))
+    def __init__(self, key: ProgramKey) -> None:
+        self.key = key
+        self._compiled = core().compile_model(_model(key), key.target.device, _options(key))
         self.inputs = {port.any_name: i for i, port in enumerate(self._compiled.inputs)}
-        self._check_types()
+        # Compiling chooses the cache's type, and rewrites it without a word where it does not like the one asked for.
+        for name in ("key_cache", "value_cache"):
+            element = self._compiled.inputs[self.inputs[name]].element_type
+            if element != ELEMENT[key.cache_dtype]:
+                raise BackendLoadError(
+                    f"OpenVINO {ov.__version__} compiled a cache of {element.get_type_name()} where "
+                    f"{key.cache_dtype} was asked for (dtype={key.dtype})"
+                )
 
     def new_request(self) -> Any:
         """Return a new `openvino.InferRequest`: one caller at a time, its tensors stay bound."""
         return self._compiled.create_infer_request()
 
     def property(self, name: str) -> Any:
-        """Return what OpenVINO made of a compile option."""
+        """Return what OpenVINO understood of a compile option."""
         return self._compiled.get_property(name)
-
-    def _check_types(self) -> None:
-        # Compiling chooses the cache's type, and rewrites it without a word where it does not like the one asked for.
-        wanted = ELEMENT[self.program.cache_dtype]
-        for name in ("key_cache", "value_cache"):
-            found = self._compiled.inputs[self.inputs[name]].element_type
-            if found != wanted:
-                raise BackendLoadError(
-                    f"OpenVINO {ov.__version__} compiled a cache of {found.get_type_name()} where "
-                    f"{self.program.cache_dtype} was asked for (dtype={self.program.dtype})"
-                )
 
 
 @cache
@@ -99,27 +95,20 @@ def core() -> Any:
     return ov.Core()
 
 
-def scalar(value: float, dtype: type[np.generic]) -> Any:
-    """Return a tensor of no dimensions that owns its number."""
-    return ov.Tensor(np.array(value, dtype))
-
-
-def compiled(program: Program) -> Model:
-    """Return the model of a program, compiled when first asked (30 to 140 ms).
+def compiled(key: ProgramKey) -> Program:
+    """Return the program of a key, compiled when first asked (30 to 140 ms).
 
     Raises:
         BackendLoadError: the installed release's op is not the one that was measured.
     """
     with _compiling:
-        return _compiled(program)
+        return _compiled(key)
 
 
-@cache
-def _compiled(program: Program) -> Model:
-    return Model(program)
+_compiled = lru_cache(maxsize=MOST_PROGRAMS)(Program)
 
 
-def _source(program: Program) -> tuple[Any, str, dict[str, Any]]:
+def _model(key: ProgramKey) -> Any:
     parameters: dict[str, Any] = {}
 
     def parameter(name: str, shape: list[int], element: Any) -> Any:
@@ -129,42 +118,41 @@ def _source(program: Program) -> tuple[Any, str, dict[str, Any]]:
         parameters[name] = node
         return node
 
-    nodes = _nodes(program, parameter)
+    nodes = _nodes(key, parameter)
     try:
-        op = PagedAttentionOp([nodes[name].output(0) for name in INPUTS[: program.release.inputs]])
+        op = PagedAttentionOp([nodes[name].output(0) for name in INPUTS[: key.target.release.inputs]])
     except RuntimeError as error:
         raise BackendLoadError(
-            f"OpenVINO {ov.__version__}: its paged attention does not take the {program.release.inputs} inputs that "
+            f"OpenVINO {ov.__version__}: its paged attention does not take the {key.target.release.inputs} inputs that "
             f"this adapter knows of it ({str(error).strip().splitlines()[-1]}). Releases that are known: "
             f"{known_releases()}. pip install one of them"
         ) from error
     sizes = op.get_rt_info()
-    sizes["num_k_heads"] = sizes["num_v_heads"] = program.num_kv_heads
-    sizes["k_head_size"], sizes["v_head_size"] = program.head_size, program.value_head_size
-    if not program.writes and program.release.reads_only:
+    sizes["num_k_heads"] = sizes["num_v_heads"] = key.num_kv_heads
+    sizes["k_head_size"], sizes["v_head_size"] = key.head_size, key.value_head_size
+    if not key.writes and key.target.release.reads_only:
         op.set_attribute("write_kv_cache", False)
-    return ov.Model([op.output(0)], list(parameters.values()), "paged_attention"), program.device, _options(program)
+    return ov.Model([op.output(0)], list(parameters.values()), "paged_attention")
 
 
-def _nodes(program: Program, parameter: Any) -> dict[str, Any]:
+def _nodes(key: ProgramKey, parameter: Any) -> dict[str, Any]:
     """Return a node for every input that any release has; an older one does not look at those that it lacks."""
 
     def constant(value: Any, dtype: type[np.generic]) -> Any:
         return ops.constant(np.asarray(value, dtype))
 
     def off(dtype: type[np.generic]) -> Any:
-        return constant(np.zeros(0), dtype)
+        return constant(np.zeros(0, dtype), dtype)
 
-    p, heads = program, program.num_heads
-    element = ELEMENT[p.dtype]
+    heads, element = key.num_heads, ELEMENT[key.dtype]
     nodes = {
-        "q": parameter("q", [-1, heads * p.head_size], element),
-        "k": parameter("k", [-1, p.num_kv_heads * p.head_size], element),
-        "v": parameter("v", [-1, p.num_kv_heads * p.value_head_size], element),
+        "q": parameter("q", [-1, heads * key.head_size], element),
+        "k": parameter("k", [-1, key.num_kv_heads * key.head_size], element),
+        "v": parameter("v", [-1, key.num_kv_heads * key.value_head_size], element),
         # The caches' own types are the compiler's to fill in, by the options.
         "key_cache": parameter("key_cache", [-1] * 4, ov.Type.dynamic),
         "value_cache": parameter("value_cache", [-1] * 4, ov.Type.dynamic),
-        **{name: parameter(name, [-1], ov.Type.i32) for name in _LIST_INPUTS},
+        **{name: parameter(name, [-1], ov.Type.i32) for name in _INDEX_INPUTS},
         "max_context_len": parameter("max_context_len", [], ov.Type.i32),
         "alibi_slopes": off(np.float32),
         "score_aggregation_window": off(np.int32),
@@ -179,12 +167,12 @@ def _nodes(program: Program, parameter: Any) -> dict[str, Any]:
         "adaptive_rkv_evictable_sizes": off(np.int32),
         "adaptive_rkv_diversity_block_set_indices": off(np.int32),
         "adaptive_rkv_diversity_block_set_indices_begins": off(np.int32),
-        "token_type_ids": parameter("token_type_ids", [-1], ov.Type.i32) if p.token_types else off(np.int32),
-        "qq_bias": parameter("qq_bias", [-1], ov.Type.u8) if p.tree else off(np.uint8),
-        "qq_bias_begins": parameter("qq_bias_begins", [-1], ov.Type.i32) if p.tree else off(np.int32),
+        "token_type_ids": parameter("token_type_ids", [-1], ov.Type.i32) if key.token_types else off(np.int32),
+        "qq_bias": parameter("qq_bias", [-1], ov.Type.u8) if key.tree else off(np.uint8),
+        "qq_bias_begins": parameter("qq_bias_begins", [-1], ov.Type.i32) if key.tree else off(np.int32),
     }
-    if p.constants is not None:
-        scale, window, slopes, sinks = p.constants
+    if key.constants is not None:
+        scale, window, slopes, sinks = key.constants
         nodes |= {"scale": constant(scale, np.float32), "sliding_window": constant(window, np.int32)}
         if slopes is not None:
             nodes["alibi_slopes"] = constant(slopes, np.float32)
@@ -195,24 +183,24 @@ def _nodes(program: Program, parameter: Any) -> dict[str, Any]:
         "scale": parameter("scale", [], ov.Type.f32),
         "sliding_window": parameter("sliding_window", [], ov.Type.i32),
     }
-    if p.alibi:
+    if key.alibi:
         nodes["alibi_slopes"] = parameter("alibi_slopes", [-1], ov.Type.f32)
-    if p.sinks:
+    if key.sinks:
         nodes["sinks"] = parameter("sinks", [1, heads, 1, 1], ov.Type.f32)
     return nodes
 
 
-def _options(program: Program) -> dict[str, Any]:
-    # Both precisions are always said: by default OpenVINO stores float32 models' caches as u8, and computes in bf16.
+def _options(key: ProgramKey) -> dict[str, Any]:
+    # Both precisions are always given: by default OpenVINO stores float32 models' caches as u8, and computes in bf16.
     options: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "bf16" if program.dtype == "bfloat16" else "f32",
-        "KV_CACHE_PRECISION": _PRECISION[program.cache_dtype],
+        "INFERENCE_PRECISION_HINT": "bf16" if key.dtype == "bfloat16" else "f32",
+        "KV_CACHE_PRECISION": _PRECISION[key.cache_dtype],
     }
-    if program.device != "CPU":
-        options["INFERENCE_PRECISION_HINT"] = _PRECISION[program.dtype]
+    if key.target.device != "CPU":
+        options["INFERENCE_PRECISION_HINT"] = _PRECISION[key.dtype]
         return options
     options["ENABLE_CPU_PINNING"] = False  # on a shared machine, pinned threads cost 5x
-    options["INFERENCE_NUM_THREADS"] = program.threads
-    if numpy_dtype(program.cache_dtype).kind == "u":
+    options["INFERENCE_NUM_THREADS"] = key.target.threads
+    if numpy_dtype(key.cache_dtype).kind == "u":
         options["KEY_CACHE_QUANT_MODE"] = "BY_TOKEN"
     return options
