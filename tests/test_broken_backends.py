@@ -11,9 +11,10 @@ import pytest
 
 from attn_dispatch.backend import Call, Plan, Verdict
 from attn_dispatch.conformance.cases import CASES
-from attn_dispatch.conformance.checks import ConformanceError, run_case
+from attn_dispatch.conformance.checks import run_case
+from attn_dispatch.conformance.findings import ConformanceError
 from attn_dispatch.conformance.merging import check_merging
-from attn_dispatch.conformance.rejections import check_bad_call
+from attn_dispatch.conformance.rejections import check_rejection
 from attn_dispatch.contract import AttentionSpec, LayerParameters
 from attn_dispatch.merge import merge_states
 from attn_dispatch.reference import ReferenceBackend
@@ -152,19 +153,21 @@ def test_a_wrong_merge_is_noticed(wrong: Callable[[Any], Any], parts: int) -> No
 def test_a_backend_that_writes_before_it_refuses_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from attn_dispatch.attention import Attention
 
-    def careless(self: Attention, plan: Plan, q: Any, k: Any = None, v: Any = None, cache: Any = None) -> Any:
+    def careless(
+        self: Attention, plan: Plan, q: Any, k: Any = None, v: Any = None, cache: Any = None, **more: Any
+    ) -> Any:
         cache.arrays["key"][...] = 1
-        return original(self, plan, q, k, v, cache)
+        return original(self, plan, q, k, v, cache, **more)
 
     original = Attention.run
     monkeypatch.setattr(Attention, "run", careless)
     with pytest.raises(ConformanceError, match="written to before"):
-        check_bad_call(ReferenceBackend(), "q of too few tokens")
+        check_rejection(ReferenceBackend(), "q of too few tokens")
 
 
 def test_a_check_that_was_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from attn_dispatch.contract import Side
 
     monkeypatch.setattr(Side, "check_fits", lambda self, num_blocks: None)
-    with pytest.raises((ConformanceError, IndexError)):
-        check_bad_call(ReferenceBackend(), "a block one past the end")
+    with pytest.raises(ConformanceError, match=r"IndexError|refused"):
+        check_rejection(ReferenceBackend(), "a block one past the end")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import attn_dispatch
-from attn_dispatch.conformance.suite import VENDORS
 
 CORE = Path(attn_dispatch.__file__).parent
 PLATFORMS = CORE.parent / "platforms"
@@ -34,11 +35,14 @@ FLOORS = [
 ]
 # Within the lowest floor: what everything may use.
 LOWEST = {"errors"}
-# May import a vendor, inside functions or at their top: what nothing else in the core imports.
-MAY_IMPORT_VENDORS = {
-    "integrations": {"torch", "transformers"},
-    "cli": {"torch", "transformers"},
+# All that the core needs. Any other package is a vendor's, whether anybody here has heard of it or not.
+NEEDED = {"numpy", "ml_dtypes", "attn_dispatch", *sys.stdlib_module_names}
+# May import more, inside functions or at their top: what nothing else in the core imports.
+MAY_IMPORT = {
+    "integrations": {"torch", "transformers", "safetensors", "gguf"},
+    "cli": {"torch", "transformers", "typer", "rich", "platformdirs"},
     "adapters": {"torch"},
+    "conformance": {"pytest"},
 }
 
 
@@ -66,10 +70,8 @@ def violations(source: str, path: Path, room: str) -> list[str]:
     found = []
     for name in imports(ast.parse(source), path):
         root, _, rest = name.partition(".")
-        if root in VENDORS and root not in MAY_IMPORT_VENDORS.get(room, set()):
-            found.append(f"imports {root}, a vendor")
-        if root.startswith("attn_dispatch_"):
-            found.append(f"imports {root}, a platform")
+        if root not in NEEDED | MAY_IMPORT.get(room, set()):
+            found.append(f"imports {root}, a platform or a vendor")
         if root == "attn_dispatch" and rest:
             target = rest.partition(".")[0]
             known = {r for rooms in FLOORS for r in rooms}
@@ -93,6 +95,7 @@ def test_every_room_has_a_floor() -> None:
 @pytest.mark.parametrize(
     "planted",
     [
+        "import fakevendor",
         "import torch",
         "from torch import nn",
         "def f():\n    import jax",
@@ -106,10 +109,15 @@ def test_a_planted_import_is_noticed(planted: str) -> None:
 
 
 def test_the_core_names_no_platform_and_no_vendor_in_its_metadata() -> None:
-    text = (CORE.parent / "pyproject.toml").read_text()
-    project = text[: text.index("[tool.")]
-    assert not [name for name in VENDORS if name != "transformers" and f'"{name}' in project]
-    assert "attn-dispatch-" not in project
+    project = tomllib.loads((CORE.parent / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
+
+    assert names(project["dependencies"]) == {"numpy", "ml_dtypes"}
+    for extra, requirements in project["optional-dependencies"].items():
+        assert not {name for name in names(requirements) if name.startswith("attn-dispatch-")}, extra
+    assert names(project["optional-dependencies"]["conformance"]) <= {"pytest", "hypothesis"}
 
 
 @pytest.mark.skipif(not PLATFORMS.exists(), reason="not run: an installed core has no platforms folder beside it")
@@ -139,8 +147,7 @@ print(json.dumps(sorted({m.partition(".")[0] for m in set(sys.modules) - before}
 def test_importing_the_door_imports_no_vendor_and_no_plug_in() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     loaded = json.loads(done.stdout.splitlines()[-1])
-    assert not [name for name in loaded if name in VENDORS or name.startswith("attn_dispatch_")]
-    assert not {"typer", "rich", "pytest", "hypothesis", "matplotlib", "platformdirs"} & set(loaded)
+    assert not set(loaded) - NEEDED
 
 
 def test_importing_is_safe_before_fork() -> None:

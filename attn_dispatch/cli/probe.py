@@ -106,7 +106,8 @@ def _probe(name: str) -> dict[str, Any]:
 def _try_step(backend: Backend) -> tuple[str, str]:
     """Run one small step and compare it with the reference; return the state, and what is wrong."""
     from attn_dispatch.conformance.cases import Case
-    from attn_dispatch.conformance.checks import ConformanceError, run_case
+    from attn_dispatch.conformance.checks import run_case
+    from attn_dispatch.conformance.findings import ConformanceError
 
     refusal = ""
     for dtype in ("float32", "bfloat16"):

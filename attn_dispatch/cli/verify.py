@@ -14,37 +14,52 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from attn_dispatch import dispatch
-from attn_dispatch.conformance import CASES, Case, Row, as_markdown, report, report_text
+from attn_dispatch.conformance import (
+    CHECKS,
+    FEATURES,
+    Check,
+    Limits,
+    Row,
+    as_markdown,
+    differences,
+    report,
+    report_text,
+    rows_of,
+    vanished,
+)
 
 __all__ = ["verify"]
 
-_STYLE = {"yes": "green", "partly": "green", "no": "yellow", "FAILED": "bold red", "not run": "dim"}
+_STYLE = {"yes": "green", "no": "yellow", "FAILED": "bold red", "not run": "dim"}
 
 
 def verify(
     backend: Annotated[list[str] | None, typer.Option(help="Only this one (repeatable).")] = None,
-    feature: Annotated[list[str] | None, typer.Option(help="Only cases of this feature (repeatable).")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Leave longer cases out (for simulators).")] = 1 << 30,
+    feature: Annotated[list[str] | None, typer.Option(help="Only checks of this feature (repeatable).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Leave longer cases out.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="A report: fail where what ran then does not now, or an entry is another.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
 ) -> None:
-    """Run every case of the kit against the installed backends; exit 1 if one that said yes failed."""
+    """Run every check of the kit against the installed backends; exit 1 if one that said yes failed."""
     names = backend or [name for name, available in dispatch.backends().items() if available]
     for name in names:
         dispatch.registry().entry(name)
-    known = {case.feature for case in CASES}
     for wanted in feature or []:
-        if wanted not in known:
-            raise typer.BadParameter(f"{wanted!r} is not a feature of the kit. Known: {', '.join(sorted(known))}")
-    cases = [case for case in CASES if not feature or case.feature in feature]
+        if wanted not in FEATURES:
+            raise typer.BadParameter(f"{wanted!r} is not a feature of the kit. Known: {', '.join(sorted(FEATURES))}")
+    checks = [check for check in CHECKS if not feature or check.feature in feature]
+    limits = None if max_tokens is None else Limits(tokens=max_tokens)
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     rows = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for name in names:
-            task = progress.add_task(name, total=len(cases))
+            task = progress.add_task(name, total=len(checks))
             advance = partial(_advance, progress, task)
-            rows.append(report.verify(name, max_tokens=max_tokens, cases=cases, progress=advance))
+            rows.append(report.verify(name, limits=limits, checks=checks, progress=advance))
     if as_json:
         machine = dispatch.machine()
         where = {"name": machine.name, "description": machine.description}
@@ -54,11 +69,22 @@ def verify(
             Console(highlight=False).print(_page(row))
     if markdown is not None:
         markdown.write_text(as_markdown(rows), encoding="utf-8")
-    if any(row.failed for row in rows):
+    stale = [] if against is None else _stale(against, rows, complete=not feature and max_tokens is None)
+    for line in stale:
+        console.print(f"[bold red]{against}:[/] {escape(line)}", soft_wrap=True)
+    if stale or any(row.failed for row in rows):
         raise typer.Exit(1)
 
 
-def _advance(progress: Progress, task: TaskID, _: Case) -> None:
+def _stale(against: Path, rows: list[Row], *, complete: bool) -> list[str]:
+    """Return where a committed report is not what ran now."""
+    committed = {row.backend: row for row in rows_of(against)}
+    lines = [f"it has no row of {row.backend}" for row in rows if row.backend not in committed]
+    compare = differences if complete else vanished
+    return lines + [line for row in rows if row.backend in committed for line in compare(committed[row.backend], row)]
+
+
+def _advance(progress: Progress, task: TaskID, _: Check) -> None:
     progress.advance(task)
 
 
@@ -69,16 +95,16 @@ def _page(row: Row) -> Group:
     if not row.available:
         return Group(head, f"not run: {escape(row.reason)}")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("feature", "", "cases", "mistakes noticed"):
+    for column in ("feature", "", "checks", "mistakes noticed"):
         table.add_column(column)
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in row.entries:
-        style = _STYLE[entry.state]
-        table.add_row(entry.feature, f"[{style}]{entry.state}[/]", str(entry.cases), str(entry.mutations))
+        style = _STYLE[entry.state.partition(",")[0]]
+        table.add_row(entry.feature, f"[{style}]{entry.state}[/]", str(len(entry.cases)), str(entry.mutations))
         if entry.detail:
             reasons.setdefault((entry.state, entry.detail), []).append(entry.feature)
     notes = [
-        f"[{_STYLE[state]}]{state}[/] {', '.join(features)}: {escape(text)}"
+        f"[{_STYLE[state.partition(',')[0]]}]{state}[/] {', '.join(features)}: {escape(text)}"
         for (state, text), features in reasons.items()
     ]
     return Group(head, table, *notes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from attn_dispatch.backend import Backend
-from attn_dispatch.conformance.checks import ConformanceError, any_array, to_backend, to_host
+from attn_dispatch.conformance.compute import any_array, to_backend, to_host
+from attn_dispatch.conformance.findings import ConformanceError
 from attn_dispatch.conformance.tolerance import LSE_FLOOR, OUTPUT_FLOOR, within
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.contract.dtypes import numpy_dtype

@@ -1,25 +1,39 @@
-"""Batches and calls that must be rejected, each with an error that names what is wrong, before anything is written.
+"""Batches, caches and calls that must be rejected before anything is written, with an error that names what is wrong.
 
-`BAD_BATCHES` never reach a backend. `BAD_CALLS` reach `Attention.run`, which refuses them whatever the backend.
+`BAD_BATCHES` never reach a backend. `REJECTIONS` reach an `Attention` of the backend, which refuses them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from attn_dispatch.attention import attention
-from attn_dispatch.backend import Backend
-from attn_dispatch.conformance.checks import ConformanceError, any_array, contents, to_backend
-from attn_dispatch.contract import AttentionMetadata, AttentionSpec
+from attn_dispatch.attention import Attention, attention
+from attn_dispatch.backend import Backend, Plan
+from attn_dispatch.conformance.adaptation import plain_spec
+from attn_dispatch.conformance.compute import any_array, contents, to_backend, to_host
+from attn_dispatch.conformance.findings import ConformanceError, NotRun
+from attn_dispatch.contract import Array, AttentionMetadata, KVCache
+from attn_dispatch.contract.arrays import library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.dispatch import verdict_of
 from attn_dispatch.errors import AttentionDispatchError
+from attn_dispatch.reference import ReferenceBackend
 
-__all__ = ["BAD_BATCHES", "BAD_CALLS", "check_bad_batch", "check_bad_call"]
+__all__ = [
+    "BAD_BATCHES",
+    "REJECTIONS",
+    "check_bad_batch",
+    "check_integers",
+    "check_locked_arrays",
+    "check_rejection",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,13 @@ class BadBatch:
     words: tuple[str, ...]
 
 
+class Masked(np.ndarray):
+    """A subclass of NumPy's array: it may hide or compute elements, so that a check proves nothing."""
+
+
+_MASKED = np.ma.masked_array([3], mask=[True], dtype=np.int32)
+_ONE_TABLE = [[0]]
+
 BAD_BATCHES: Mapping[str, BadBatch] = {
     "a negative block": BadBatch(
         {"query_lens": [1], "seq_lens": [40], "block_tables": [[3, -1]]}, ("sequence 0", "-1")
@@ -38,17 +59,26 @@ BAD_BATCHES: Mapping[str, BadBatch] = {
         {"query_lens": [1, 1], "seq_lens": [9, 70], "block_tables": [[1], [2, 3]]}, ("sequence 1", "3", "2")
     ),
     "fewer tokens than new ones": BadBatch(
-        {"query_lens": [5], "seq_lens": [3], "block_tables": [[0]]}, ("sequence 0", "5", "3")
+        {"query_lens": [5], "seq_lens": [3], "block_tables": _ONE_TABLE}, ("sequence 0", "5", "3")
     ),
-    "a negative length": BadBatch({"query_lens": [-1], "seq_lens": [3], "block_tables": [[0]]}, ("sequence 0", "-1")),
+    "a negative length": BadBatch(
+        {"query_lens": [-1], "seq_lens": [3], "block_tables": _ONE_TABLE}, ("sequence 0", "-1")
+    ),
     "lengths that are not whole": BadBatch(
-        {"query_lens": [1.5], "seq_lens": [3], "block_tables": [[0]]}, ("query_lens", "float")
+        {"query_lens": [1.5], "seq_lens": [3], "block_tables": _ONE_TABLE}, ("query_lens", "float")
     ),
     "tables for other sequences": BadBatch(
         {"query_lens": [1], "seq_lens": [3], "block_tables": [[0], [1]]}, ("2", "1")
     ),
     "a slot written twice": BadBatch(
         {"query_lens": [1, 1], "seq_lens": [3, 3], "block_tables": [[1], [1]]}, ("slot 34", "0", "1")
+    ),
+    "a slot that another sequence has filled": BadBatch(
+        {"query_lens": [1, 1], "seq_lens": [3, 10], "block_tables": [[1], [1]]}, ("sequence", "block 1", "0", "1")
+    ),
+    "a slot that an idle sequence has filled": BadBatch(
+        {"query_lens": [2, 0], "seq_lens": [34, 40], "block_tables": [[1, 2], [4, 2]]},
+        ("sequence", "block 2", "0", "1"),
     ),
     "a slot that is not the table's": BadBatch(
         {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": [35]}, ("sequence 0", "35", "34")
@@ -57,13 +87,38 @@ BAD_BATCHES: Mapping[str, BadBatch] = {
         {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": [34, 35]},
         ("slot_mapping", "2", "1"),
     ),
+    "slots that are not whole": BadBatch(
+        {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": [34.5]}, ("slot_mapping", "float")
+    ),
+    "slots from a generator": BadBatch(
+        {"query_lens": [1], "seq_lens": [3], "block_tables": [[1]], "slot_mapping": (s for s in [34])},
+        ("slot_mapping",),
+    ),
+    "lengths from a generator": BadBatch(
+        {"query_lens": (n for n in [1]), "seq_lens": [3], "block_tables": [[1]]}, ("query_lens",)
+    ),
+    "masked lengths": BadBatch({"query_lens": [1], "seq_lens": _MASKED, "block_tables": [[1]]}, ("seq_lens", "Masked")),
+    "lengths of a subclass of NumPy's array": BadBatch(
+        {"query_lens": [1], "seq_lens": np.array([3], np.int32).view(Masked), "block_tables": [[1]]},
+        ("seq_lens", "Masked"),
+    ),
+    "more new tokens than int32 counts": BadBatch(
+        {"query_lens": [2**30] * 3, "seq_lens": [2**30] * 3, "block_tables": None}, ("2147483647",)
+    ),
     "a block outside the cache": BadBatch(
         {"query_lens": [1], "seq_lens": [40], "block_tables": [[1, 9]], "num_blocks": 9}, ("sequence 0", "9")
     ),
     "a block id beyond int32": BadBatch(
         {"query_lens": [1], "seq_lens": [3], "block_tables": [[2**33]]}, ("sequence 0",)
     ),
-}
+    "an encoder block outside the cache": BadBatch(
+        {
+            "query_lens": [1], "seq_lens": [3], "block_tables": [[0]], "num_blocks": 9,
+            "encoder_seq_lens": [40], "encoder_block_tables": [[1, 9]],
+        },
+        ("sequence 0", "9"),
+    ),
+}  # fmt: skip
 
 
 def check_bad_batch(name: str) -> None:
@@ -73,97 +128,312 @@ def check_bad_batch(name: str) -> None:
         ConformanceError: it is not.
     """
     bad = BAD_BATCHES[name]
+    _expect_error(name, bad.words, lambda: _build(bad.arguments))
+
+
+def _build(arguments: Mapping[str, Any]) -> AttentionMetadata:
+    return AttentionMetadata.build(**arguments)
+
+
+def check_locked_arrays() -> None:
+    """Check that what a batch was checked with can no longer be changed: kernels trust it."""
+    batch = AttentionMetadata.build(
+        [1, 2], [40, 2], [[2, 0], [3]], encoder_seq_lens=[5, 9], encoder_block_tables=[[1], [4]]
+    )
+    for name in sorted(set(AttentionMetadata.__dataclass_fields__) | {"context_lens"}):
+        array = getattr(batch, name, None)
+        if isinstance(array, np.ndarray) and array.size and array.base is None and name != "context_lens":
+            with suppress(ValueError):
+                array[...] = 0
+                raise ConformanceError(f"clause 10: batch.{name} can be changed after it was checked")
+
+
+def check_integers() -> None:
+    """Check that lengths, tables and slots of any integer type make the batch that int32 makes."""
+    lists: dict[str, Any] = {"query_lens": [1, 5], "seq_lens": [40, 100], "block_tables": [[2, 0, 0, 0], [3, 6, 5, 1]]}
+    plain = _build(lists)
+    for dtype in (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int64, np.uint64):
+        try:
+            batch = _build({name: np.array(numbers, dtype) for name, numbers in lists.items()})
+        except Exception as error:
+            raise ConformanceError(f"clause 10: a batch of {dtype.__name__} is refused: {error!r}") from error
+        for name in ("query_start_loc", "seq_lens", "slot_mapping", "query_lens"):
+            if not np.array_equal(getattr(batch, name), getattr(plain, name)):
+                raise ConformanceError(f"clause 10: {name} of a batch of {dtype.__name__} is not that of one of int32")
+
+
+def _expect_error(name: str, words: tuple[str, ...], attempt: Callable[[], object]) -> None:
     try:
-        AttentionMetadata.build(**bad.arguments)
-    except ValueError as error:
-        missing = [word for word in bad.words if word not in str(error)]
-        if missing or not isinstance(error, AttentionDispatchError):
-            raise ConformanceError(
-                f"{name}: the error does not say {missing}: {type(error).__name__}: {error}"
-            ) from error
-        return
-    raise ConformanceError(f"clause 10: {name} was not refused")
-
-
-_SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, dtype="float32")
-_BATCH: Mapping[str, Any] = {"query_lens": [1, 2], "seq_lens": [40, 2], "block_tables": [[2, 0], [3]]}
-
-
-@dataclass
-class Call:
-    """The arguments of one call of `run`, correct until a bad one is put in their place."""
-
-    batch: dict[str, Any]
-    arrays: dict[str, Any]
-    cache_spec: AttentionSpec
-    plan_spec: AttentionSpec
-
-
-def _blocks(ids: list[list[int]]) -> Callable[[Call], None]:
-    return lambda call: call.batch.update(block_tables=ids)
-
-
-def _array(name: str, change: Callable[[Any], Any]) -> Callable[[Call], None]:
-    return lambda call: call.arrays.update({name: change(call.arrays[name])})
-
-
-def _cache(**fields: Any) -> Callable[[Call], None]:
-    return lambda call: setattr(call, "cache_spec", replace(_SPEC, **fields))
-
-
-BAD_CALLS: Mapping[str, tuple[Callable[[Call], None], tuple[str, ...]]] = {
-    "a block one past the end": (_blocks([[2, 4], [3]]), ("sequence 0", "block 4", "4 blocks")),
-    "a block far outside": (_blocks([[2, 0], [1_000_000]]), ("sequence 1", "1000000", "4 blocks")),
-    "q of another head count": (_array("q", lambda q: q[:, :3]), ("q", "(3, 3, 64)", "(3, 4, 64)")),
-    "q of too few tokens": (_array("q", lambda q: q[:2]), ("q", "(2, 4, 64)")),
-    "k of another head size": (_array("k", lambda k: k[..., :32]), ("k", "32")),
-    "v of too many tokens": (_array("v", lambda v: np.concatenate([v, v])), ("v", "6")),
-    "q of another type": (_array("q", lambda q: q.astype(np.float16)), ("q", "float16", "float32")),
-    "k missing": (_array("k", lambda k: None), ("k and v",)),
-    "k and v missing": (lambda call: call.arrays.update(k=None, v=None), ("writes 3 tokens",)),
-    "a cache of other heads": (_cache(num_kv_heads=4), ("cache", "num_kv_heads=2")),
-    "a cache of other blocks": (_cache(block_size=64), ("cache", "block_size=32")),
-    "a plan of another layer": (
-        lambda call: setattr(call, "plan_spec", replace(_SPEC, scale=0.5)),
-        ("plan", "scale=0.5"),
-    ),
-    "no cache": (lambda call: call.arrays.update(cache=None), ("cache",)),
-}
-
-
-def check_bad_call(backend: Backend, name: str) -> bool:
-    """Check that a bad call is refused with the words that help, and that the cache is as it was.
-
-    Returns:
-        Whether the backend runs the plain spec of these cases at all.
-
-    Raises:
-        ConformanceError: it is not refused, or something was written.
-    """
-    spoil, words = BAD_CALLS[name]
-    rng = np.random.default_rng(0)
-    rows = {"q": (3, 4, 64), "k": (3, 2, 64), "v": (3, 2, 64)}
-    arrays: dict[str, Any] = {n: rng.standard_normal(s).astype(numpy_dtype("float32")) for n, s in rows.items()}
-    call = Call(dict(_BATCH), arrays, _SPEC, _SPEC)
-    spoil(call)
-    if not all(verdict_of(backend, spec) for spec in (call.cache_spec, call.plan_spec, _SPEC)):
-        return False
-    attn = attention(_SPEC, backend)
-    cache = attention(call.cache_spec, backend).allocate(4)
-    before = contents(cache)
-    plan = attention(call.plan_spec, backend).plan(AttentionMetadata.build(**call.batch))
-    like = any_array(backend, cache)
-    given = {n: None if a is None else to_backend(a, like) for n, a in call.arrays.items() if n != "cache"}
-    try:
-        attn.run(plan, given["q"], given["k"], given["v"], call.arrays.get("cache", cache))
+        attempt()
     except ValueError as error:
         missing = [word for word in words if word not in str(error)]
         if missing or not isinstance(error, AttentionDispatchError):
-            raise ConformanceError(
-                f"{name}: the error does not say {missing}: {type(error).__name__}: {error}"
-            ) from error
-    else:
-        raise ConformanceError(f"clause 10: {name} was not refused")
-    if any(not np.array_equal(a, b) for a, b in zip(before, contents(cache), strict=True)):
+            text = f"{type(error).__name__}: {error}"
+            if missing:
+                raise ConformanceError(f"{name}: the error does not say {missing}: {text}") from error
+            raise ConformanceError(f"{name}: not an AttentionDispatchError: {text}") from error
+        return
+    except Exception as error:
+        raise ConformanceError(f"{name}: must raise a ValueError of this library, raised {error!r}") from error
+    raise ConformanceError(f"clause 10: {name} was not refused")
+
+
+class Scene:
+    """A layer of the backend with a cache of four blocks and a step of two sequences, all of it correct."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.spec = plain_spec(backend)
+        self.attn = attention(self.spec, backend)
+        self.cache = self.attn.allocate(4)
+        self.before = contents(self.cache)
+
+    @cached_property
+    def words(self) -> dict[str, object]:
+        """What messages are expected to say of this layer."""
+        other = self.other_dtype
+        return {"D": self.spec.head_size, "B": self.spec.block_size, "dtype": self.spec.dtype, "other": other}
+
+    @property
+    def other_dtype(self) -> str:
+        """A dtype that is not the layer's."""
+        return "float16" if self.spec.dtype != "float16" else "float32"
+
+    def host(self, name: str) -> Any:
+        """Return q, k or v on the host."""
+        heads = self.spec.num_heads if name == "q" else self.spec.num_kv_heads
+        rng = np.random.default_rng(ord(name))
+        return rng.standard_normal((3, heads, self.spec.head_size)).astype(numpy_dtype(self.spec.dtype))
+
+    def array(self, name: str) -> Array:
+        """Return q, k or v in the backend's library."""
+        return to_backend(self.host(name), any_array(self.backend, self.cache))
+
+    def plan(self, block_tables: list[list[int]] | None = None) -> Plan:
+        """Return the step's plan: a decode whose sequence has two blocks, and a prefill of two tokens."""
+        return self.attn.plan(self.batch(block_tables))
+
+    def batch(self, block_tables: list[list[int]] | None = None) -> AttentionMetadata:
+        """Return the step's batch."""
+        size = self.spec.block_size
+        return AttentionMetadata.build([1, 2], [size + 8, 2], block_tables or [[2, 0], [3]], size)
+
+    def run(self, **changes: Any) -> Any:
+        """Run the step with some arguments replaced."""
+        arguments = {name: self.array(name) for name in "qkv"} | {"cache": self.cache, "out": None} | changes
+        plan = arguments.pop("plan", None) or self.plan(arguments.pop("block_tables", None))
+        return self.attn.run(plan, **arguments)
+
+    def run_host(self, **changes: Any) -> Any:
+        """Run the step with NumPy arrays, some arguments replaced."""
+        return self.run(**({name: self.host(name) for name in "qkv"} | changes))
+
+    def out(self) -> Any:
+        """Return a host array that a result fits into."""
+        return np.zeros((3, self.spec.num_heads, self.spec.value_head_size), numpy_dtype(self.spec.dtype))
+
+    def other_layer(self, **fields: Any) -> Attention:
+        """Return a layer of another spec.
+
+        Raises:
+            NotRun: the backend does not take it.
+        """
+        spec = replace(self.spec, **fields)
+        if not verdict_of(self.backend, spec):
+            raise NotRun(f"the backend does not take {fields}")
+        return attention(spec, self.backend)
+
+    def torch(self) -> Any:
+        """Return torch, if it is loaded and results can be computed from its tensors here.
+
+        Raises:
+            NotRun: it is not.
+        """
+        if "torch" not in sys.modules or "cpu" not in str(
+            getattr(any_array(self.backend, self.cache), "device", "cpu")
+        ):
+            raise NotRun("torch is not loaded, or not what this backend computes on")
+        return sys.modules["torch"]
+
+    def tensor(self, name: str) -> Any:
+        """Return q, k or v as a tensor on the CPU."""
+        torch = self.torch()
+        return torch.from_numpy(self.host(name).astype(np.float32)).to(getattr(torch, self.spec.dtype))
+
+
+def _read_only(array: Any) -> Any:
+    array.flags.writeable = False
+    return array
+
+
+def _read_only_cache(scene: Scene) -> KVCache:
+    if any(library_of(array) != "numpy" for array in scene.cache.arrays.values()):
+        raise NotRun("only NumPy has arrays that cannot be written")
+    cache = scene.attn.allocate(4)
+    for array in cache.arrays.values():
+        array.flags.writeable = False
+    return cache
+
+
+def _overlapping(scene: Scene) -> Any:
+    q = scene.host("q")
+    return scene.run_host(q=q, out=q[..., : scene.spec.value_head_size])
+
+
+def _broadcast_out(scene: Scene) -> Any:
+    one = np.zeros((1, scene.spec.num_heads, scene.spec.value_head_size), numpy_dtype(scene.spec.dtype))
+    return np.lib.stride_tricks.as_strided(one, (3, *one.shape[1:]), (0, *one.strides[1:]))
+
+
+def _cache_by_hand(scene: Scene, change: Callable[[dict[str, Array], KVCache], None], num_blocks: int = 4) -> KVCache:
+    cache = scene.cache
+    arrays = dict(cache.arrays)
+    change(arrays, cache)
+    return KVCache(cache.owner, cache.geometry, cache.layout, num_blocks, arrays, cache.device)
+
+
+def _halve(arrays: dict[str, Array], cache: KVCache) -> None:
+    arrays.update({name: array[:1] for name, array in arrays.items()})
+
+
+def _retype(arrays: dict[str, Array], cache: KVCache) -> None:
+    other = numpy_dtype("float16" if cache.geometry.dtype != "float16" else "float32")
+    arrays.update({name: np.zeros(tuple(array.shape), other) for name, array in arrays.items()})
+
+
+def _fake_tensor(scene: Scene) -> Any:
+    with scene.torch()._subclasses.FakeTensorMode() as mode:
+        return mode.from_tensor(scene.tensor("q"))
+
+
+def _other_plan(scene: Scene) -> Plan:
+    return attention(scene.spec, ReferenceBackend("another")).plan(scene.batch())
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """An attempt that must be refused, with words that the error must have ({D}, {B}, {dtype}: the layer's)."""
+
+    attempt: Callable[[Scene], object]
+    words: tuple[str, ...]
+
+
+REJECTIONS: Mapping[str, Rejection] = {
+    "a block one past the end": Rejection(
+        lambda s: s.run(block_tables=[[2, 4], [3]]), ("sequence 0", "block 4", "4 blocks")
+    ),
+    "a block far outside": Rejection(
+        lambda s: s.run(block_tables=[[2, 0], [1_000_000]]), ("sequence 1", "1000000", "4 blocks")
+    ),
+    "q of another head count": Rejection(lambda s: s.run(q=s.array("q")[:, :3]), ("q", "(3, 3, {D})", "(3, 4, {D})")),
+    "q of too few tokens": Rejection(lambda s: s.run(q=s.array("q")[:2]), ("q", "(2, 4, {D})")),
+    "k of another head size": Rejection(lambda s: s.run(k=s.array("k")[..., :32]), ("k", "32")),
+    "v of too many tokens": Rejection(
+        lambda s: s.run_host(v=np.concatenate([s.host("v"), s.host("v")])), ("v", "6")
+    ),
+    "q of another type": Rejection(
+        lambda s: s.run_host(q=s.host("q").astype(numpy_dtype(s.other_dtype))), ("q", "{other}", "{dtype}")
+    ),
+    "k missing": Rejection(lambda s: s.run(k=None), ("k and v",)),
+    "k and v missing": Rejection(lambda s: s.run(k=None, v=None), ("writes 3 tokens",)),
+    "arrays of two libraries": Rejection(lambda s: s.run_host(k=s.tensor("k")), ("k", "torch", "numpy")),
+    "a cache of other heads": Rejection(
+        lambda s: s.run(cache=s.other_layer(num_kv_heads=4).allocate(4)), ("cache", "num_kv_heads=2")
+    ),
+    "a cache of other blocks": Rejection(
+        lambda s: s.run(cache=s.other_layer(block_size=2 * s.spec.block_size).allocate(4)), ("cache", "block_size={B}")
+    ),
+    "a batch of other blocks": Rejection(
+        lambda s: s.attn.plan(AttentionMetadata.build([1], [3], [[0]], 2 * s.spec.block_size)), ("block_size", "{B}")
+    ),
+    "a plan of another layer": Rejection(
+        lambda s: s.run(plan=s.other_layer(scale=0.5).plan(s.batch())), ("plan", "scale=0.5")
+    ),
+    "a plan of another backend": Rejection(lambda s: s.run(plan=_other_plan(s)), ("plan", "{backend}")),
+    "no cache": Rejection(lambda s: s.run(cache=None), ("cache",)),
+    "an LSE that the layer does not return": Rejection(
+        lambda s: _unwilling(s).run(return_lse=True), ("return_lse",)
+    ),
+    "out that is read-only": Rejection(lambda s: s.run_host(out=_read_only(s.out())), ("out", "read-only")),
+    "a read-only cache": Rejection(lambda s: s.run(cache=_read_only_cache(s)), ("cache", "read-only")),
+    "out that overlaps q": Rejection(_overlapping, ("out", "overlap")),
+    "out whose rows overlap": Rejection(lambda s: s.run_host(out=_broadcast_out(s)), ("out", "overlap")),
+    "out of another shape": Rejection(lambda s: s.run_host(out=s.out()[:2]), ("out", "(2, 4, {D})")),
+    "out on another device": Rejection(
+        lambda s: s.run(**{n: s.tensor(n) for n in "qkv"}, out=s.tensor("q").to("meta")), ("out", "meta")
+    ),
+    "big-endian q": Rejection(
+        lambda s: s.run_host(q=_big_endian(s)), ("q", "byte order")
+    ),
+    "q that is a subclass of NumPy's array": Rejection(
+        lambda s: s.run_host(q=np.ma.masked_array(s.host("q"), mask=True)), ("q", "Masked")
+    ),
+    "a conjugate or negative view of q": Rejection(
+        lambda s: s.run(**{n: s.tensor(n) for n in "kv"}, q=s.torch()._neg_view(s.tensor("q"))), ("q", "view")
+    ),
+    "a FakeTensor": Rejection(
+        lambda s: s.run(**{n: s.tensor(n) for n in "kv"}, q=_fake_tensor(s)), ("q", "FakeTensor")
+    ),
+    "a cache made by hand of too few blocks": Rejection(
+        lambda s: _cache_by_hand(s, _halve), ("cache", "4")
+    ),
+    "a cache made by hand of another type": Rejection(
+        lambda s: _cache_by_hand(s, _retype), ("cache", "{dtype}")
+    ),
+    "a cache larger than any memory": Rejection(lambda s: s.attn.allocate(10**12), ("1000000000000",)),
+    "a device that does not exist": Rejection(lambda s: s.attn.allocate(1, "nonsense:7"), ("nonsense:7",)),
+    "sinks of infinity": Rejection(
+        lambda s: attention(
+            replace(s.spec, sinks=True), s.backend, sinks=np.full(s.spec.num_heads, np.inf, np.float32)
+        ),
+        ("sinks", "infinity"),
+    ),
+}  # fmt: skip
+
+
+PENDING: Mapping[str, str] = {"a read-only cache": "the core does not refuse a read-only cache yet"}
+"""Rejections that the core does not make yet, with the reason; one that it makes fails until it is taken out."""
+
+
+def _unwilling(scene: Scene) -> Scene:
+    if verdict_of(scene.backend, replace(scene.spec, returns_lse=True)):
+        raise NotRun("the backend returns an LSE whenever it is asked")
+    return scene
+
+
+def _big_endian(scene: Scene) -> Any:
+    q = scene.host("q")
+    if q.dtype.isnative and q.dtype.kind == "f":
+        return q.astype(q.dtype.newbyteorder(">"))
+    raise NotRun(f"{q.dtype} has no byte order")
+
+
+def check_rejection(backend: Backend, name: str) -> None:
+    """Check that an attempt is refused with the words that help, and that the cache is as it was.
+
+    Raises:
+        ConformanceError: it is not refused, or something was written.
+        Refused: the backend takes no plain layer.
+        NotRun: the attempt cannot be made on this machine.
+    """
+    scene = Scene(backend)
+    rejection = REJECTIONS[name]
+    values = scene.words | {"backend": backend.name}
+    words = tuple(word.format(**values) for word in rejection.words)
+
+    def attempt() -> None:
+        rejection.attempt(scene)
+
+    try:
+        _expect_error(name, words, attempt)
+    except ConformanceError as error:
+        # What the attempt itself could not make is no fault of the backend.
+        if isinstance(error.__cause__, NotRun):
+            raise error.__cause__ from None
+        if name in PENDING:
+            raise NotRun(PENDING[name]) from error
+        raise
+    if name in PENDING:
+        raise ConformanceError(f"{name} is refused now: take it out of rejections.PENDING")
+    if any(not np.array_equal(a, b) for a, b in zip(scene.before, map(to_host, contents(scene.cache)), strict=True)):
         raise ConformanceError(f"clause 10: {name} was refused, but the cache was written to before")
-    return True

@@ -1,41 +1,121 @@
-"""The support table: what the kit's cases showed on this machine, and how each entry is known."""
+"""What the kit's checks showed of a backend on this machine, as a row of the support table, and how rows compare."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from attn_dispatch.backend import Backend
+from attn_dispatch.backend import Availability, Backend
 from attn_dispatch.conformance.cases import CASES, Case
-from attn_dispatch.conformance.checks import check_mutations, run_case
+from attn_dispatch.conformance.checklist import CHECKS, Check, Finding, Limits, limits_of, perform
 from attn_dispatch.conformance.table import Entry, Row
 from attn_dispatch.dispatch import machine, registry
 
-__all__ = ["verify", "without_hardware"]
+__all__ = ["differences", "row_of", "vanished", "verify", "without_hardware"]
+
+_DRAWN = frozenset({"random problems"})
+"""Features whose numbers differ from run to run."""
 
 
 def verify(
-    name: str,
+    backend: str | Backend,
     *,
-    max_tokens: int = 1 << 30,
-    progress: Callable[[Case], None] | None = None,
-    cases: Iterable[Case] = CASES,
+    limits: Limits | None = None,
+    progress: Callable[[Check], None] | None = None,
+    checks: Iterable[Check] = CHECKS,
 ) -> Row:
-    """Run the kit's cases against one installed backend.
+    """Run the kit against a backend.
+
+    Args:
+        backend: its name as installed, or the object.
+        limits: how much is run (None: all of it, or the subset for simulators).
+        progress: called before each check.
+        checks: of the kit.
 
     Raises:
         UnknownBackendError, BackendLoadError: it is not installed, or cannot be loaded.
     """
-    backend = registry().load(name)
-    available = backend.probe()
+    subject = registry().load(backend) if isinstance(backend, str) else backend
+    available = subject.probe()
     if not available:
-        return Row(name, False, available.reason, available.version, "not run", machine().description, ())
-    by_feature: dict[str, list[tuple[str, str, int]]] = {}
-    for case in cases:
+        return Row(subject.name, False, available.reason, available.version, "not run", machine().description, ())
+    findings = []
+    for check in checks:
         if progress is not None:
-            progress(case)
-        by_feature.setdefault(case.feature, []).append(_try(name, case, max_tokens))
-    entries = tuple(_entry(feature, found, available.evidence) for feature, found in by_feature.items())
-    return Row(name, True, available.reason, available.version, available.evidence, machine().description, entries)
+            progress(check)
+        findings.append(perform(check, subject, limits or limits_of(subject)))
+    return row_of(subject, available, findings)
+
+
+def row_of(backend: Backend, available: Availability, findings: Iterable[Finding]) -> Row:
+    """Return a backend's row: one entry per feature. A backend that is here and ran no case has failed."""
+    findings = list(findings)
+    names = {case.name for case in CASES}
+    cases = [finding for finding in findings if finding.check in names]
+    by_feature: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_feature.setdefault(finding.feature, []).append(finding)
+    entries = [_entry(feature, group, available.evidence) for feature, group in by_feature.items()]
+    if cases and all(finding.state in ("refused", "not run") for finding in cases):
+        text = f"{backend.name} is available and ran none of {len(cases)} cases: {cases[0].detail}"
+        entries.insert(0, Entry("the kit itself", "FAILED", "", text, ()))
+    return Row(
+        backend.name,
+        True,
+        available.reason,
+        available.version,
+        available.evidence,
+        machine().description,
+        tuple(entries),
+    )
+
+
+def _entry(feature: str, findings: list[Finding], evidence: str) -> Entry:
+    states = [finding.state for finding in findings]
+    passed = tuple(finding.check for finding in findings if finding.state == "passed")
+    mutations = sum(len(finding.mutations) for finding in findings)
+    detail = "; ".join(dict.fromkeys(f"not {f.detail}" for f in findings if f.state in ("refused", "not run")))
+    if "FAILED" in states:
+        failed = "; ".join(dict.fromkeys(f.detail for f in findings if f.state == "FAILED"))
+        return Entry(feature, "FAILED", "", failed, passed, mutations)
+    if not passed:
+        state = "no" if "refused" in states else "not run"
+        own = (f.detail for f in findings if f.state == ("refused" if state == "no" else "not run"))
+        return Entry(feature, state, "", "; ".join(dict.fromkeys(own)), (), 0)
+    state = "yes" if len(passed) == len(findings) else f"yes, {len(passed)} of {len(findings)}"
+    return Entry(feature, state, evidence, detail, passed, mutations)
+
+
+def vanished(committed: Row, anew: Row) -> list[str]:
+    """Return what a committed row shows and this machine does not: the backend, or cases that it accepted then."""
+    if committed.available and not anew.available:
+        return [f"{committed.backend} is not available: {anew.reason}"]
+    passed = {case for entry in anew.entries for case in entry.cases}
+    ran = {entry.feature for entry in anew.entries}
+    return [
+        f"{case}: passed then, and does not now"
+        for entry in committed.entries
+        if entry.feature in ran - _DRAWN
+        for case in entry.cases
+        if case not in passed
+    ]
+
+
+def differences(committed: Row, anew: Row) -> list[str]:
+    """Return where a committed row is not what was found anew: a stale entry, or one that nobody measured."""
+    lines = vanished(committed, anew)
+    then, now = ({entry.feature: entry for entry in row.entries} for row in (committed, anew))
+    for feature in dict.fromkeys([*then, *now]):
+        old, new = then.get(feature), now.get(feature)
+        if feature not in _DRAWN and old != new:
+            lines.append(f"{feature}: the committed entry is {_brief(old)}, found was {_brief(new)}")
+    return lines
+
+
+def _brief(entry: Entry | None) -> str:
+    if entry is None:
+        return "absent"
+    detail = f" ({entry.detail[:200]})" if entry.detail else ""
+    return f"{entry.state!r} of {len(entry.cases)} checks, {entry.mutations} mistakes noticed{detail}"
 
 
 def without_hardware(
@@ -53,75 +133,42 @@ def without_hardware(
     nothing in the table looks as if it had run; it is never "available".
 
     Args:
-        backend: made for a machine that has the hardware, so that its verdicts speak of that one.
-        check: return how a case is known: "interface" (the call was checked against the vendor's real package),
-            "compiled" (by the vendor's real compiler); raise when it does not hold.
+        backend: of a machine that has the hardware, so that its verdicts are that one's.
+        check: return how a case is known ("bound", "computed", "compiled": see `docs/make_support.py`); raise when it
+            does not hold.
         reason: what was compared with what.
         version: of the vendor's package.
         machine: the hardware that the verdicts are for.
         cases: of the kit.
     """
-    by_feature: dict[str, list[tuple[str, str, int]]] = {}
+    by_feature: dict[str, list[Finding]] = {}
     known: set[str] = set()
     for case in cases:
         verdict = backend.verdict(case.spec)
-        found = ("no", str(verdict), 0)
+        finding = Finding(case.name, case.feature, "refused", str(verdict))
         if verdict:
             try:
                 evidence = check(case)
             except Exception as error:  # what does not hold is the result
-                found = ("FAILED", f"{case.name}: {type(error).__name__}: {error}", 0)
+                text = f"{case.name}: {type(error).__name__}: {error}"
+                finding = Finding(case.name, case.feature, "FAILED", text)
             else:
                 known.add(evidence)
-                found = (evidence, "", 0)
-        by_feature.setdefault(case.feature, []).append(found)
-    entries = tuple(_known_entry(feature, found) for feature, found in by_feature.items())
+                finding = Finding(case.name, case.feature, evidence)
+        by_feature.setdefault(case.feature, []).append(finding)
+    entries = tuple(_known_entry(feature, findings) for feature, findings in by_feature.items())
     return Row(backend.name, False, reason, version, " and ".join(sorted(known)), machine, entries)
 
 
-def _known_entry(feature: str, found: list[tuple[str, str, int]]) -> Entry:
+def _known_entry(feature: str, findings: list[Finding]) -> Entry:
     """Return the entry of a feature by its weakest evidence, with what is refused beside."""
-    states = [state for state, _, _ in found]
-    failed = [text for state, text, _ in found if state == "FAILED"]
-    refused = [text for state, text, _ in found if state == "no"]
-    proven = sorted({state for state in states if state not in ("no", "FAILED")})
+    failed = [finding.detail for finding in findings if finding.state == "FAILED"]
+    refused = list(dict.fromkeys(finding.detail for finding in findings if finding.state == "refused"))
+    proven = {finding.check: finding.state for finding in findings if finding.state not in ("refused", "FAILED")}
     if failed:
-        return Entry(feature, "FAILED", "", "; ".join(dict.fromkeys(failed)), len(states), 0)
+        return Entry(feature, "FAILED", "", "; ".join(dict.fromkeys(failed)), tuple(proven))
     if not proven:
-        return Entry(feature, "no", "", "; ".join(dict.fromkeys(refused)), 0, 0)
-    weakest = "interface" if "interface" in proven else proven[0]
+        return Entry(feature, "no", "", "; ".join(refused), ())
+    weakest = next((name for name in ("bound", "interface") if name in proven.values()), min(proven.values()))
     state = f"{weakest}, partly" if refused else weakest
-    detail = "; ".join(dict.fromkeys(f"not {text}" for text in refused))
-    return Entry(feature, state, weakest, detail, len(states) - len(refused), 0)
-
-
-def _try(name: str, case: Case, max_tokens: int) -> tuple[str, str, int]:
-    """Return (state, detail, mistakes noticed) of one case."""
-    if case.tokens > max_tokens:
-        return "not run", f"{case.tokens} tokens, limited to {max_tokens}", 0
-    backend = registry().load(name)
-    try:
-        result = run_case(backend, case)
-        if not result.verdict:
-            return "no", str(result.verdict), 0
-        return "yes", "", check_mutations(backend, case)
-    except Exception as error:  # a vendor may raise anything; it is this table that says so
-        return "FAILED", f"{case.name}: {type(error).__name__}: {error}", 0
-
-
-def _entry(feature: str, found: list[tuple[str, str, int]], evidence: str) -> Entry:
-    states = [state for state, _, _ in found]
-    for state in ("FAILED", "yes", "no", "not run"):
-        if state in states:
-            break
-    detail = "; ".join(dict.fromkeys(text for s, text, _ in found if text and (s != "no" or state == "no")))
-    if state == "yes" and "no" in states:
-        detail = "; ".join(dict.fromkeys(f"not {text}" for s, text, _ in found if s == "no"))
-    return Entry(
-        feature,
-        "partly" if state == "yes" and "no" in states else state,
-        evidence if state == "yes" else "",
-        detail,
-        states.count("yes") + states.count("FAILED"),
-        sum(n for _, _, n in found),
-    )
+    return Entry(feature, state, weakest, "; ".join(f"not {text}" for text in refused), tuple(proven))

@@ -8,7 +8,8 @@ import numpy as np
 
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Backend
-from attn_dispatch.conformance.checks import ConformanceError, any_array, contents, to_backend, to_host
+from attn_dispatch.conformance.compute import any_array, contents, to_backend, to_host
+from attn_dispatch.conformance.findings import ConformanceError
 from attn_dispatch.contract import AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.contract.arrays import as_library, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype

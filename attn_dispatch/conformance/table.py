@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from attn_dispatch.conformance.cases import FEATURES
+from attn_dispatch.conformance.checklist import FEATURES
 from attn_dispatch.contract import CONTRACT_VERSION
 
 __all__ = ["KIT_VERSION", "Entry", "Row", "as_markdown", "report_text", "rows_of"]
 
-KIT_VERSION = 2
+KIT_VERSION = 3
 """Raised when a report made before a change can no longer be compared with one made after it."""
 
 
@@ -29,20 +29,20 @@ class Entry:
 
     Attributes:
         feature: what.
-        state: "yes", "partly", "no" (refused by verdict), "FAILED", "not run"; without the hardware, the evidence
-            itself instead of a yes ("interface", "compiled").
+        state: "yes" (every check of it passed), "yes, N of M" (the others are refused or were not run), "no" (refused
+            by verdict), "FAILED", "not run"; without the hardware, the evidence itself instead of a yes.
         evidence: how a yes is known: "ran", "ran on CPU"...
         detail: the refusals, or what failed.
-        cases: how many cases stand behind it.
-        mutations: how many deliberate mistakes those cases noticed.
+        cases: the checks that passed.
+        mutations: how many mistakes those were shown to notice.
     """
 
     feature: str
     state: str
     evidence: str
     detail: str
-    cases: int
-    mutations: int
+    cases: tuple[str, ...]
+    mutations: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Row:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
         """Return the row that `as_dict` described."""
-        return cls(**{**data, "entries": tuple(Entry(**entry) for entry in data["entries"])})
+        entries = tuple(Entry(**{**entry, "cases": tuple(entry["cases"])}) for entry in data["entries"])
+        return cls(**{**data, "entries": entries})
 
 
 def report_text(rows: Iterable[Row], machine: Mapping[str, str], command: str, **more: Any) -> str:
@@ -139,7 +140,7 @@ def as_markdown(rows: Iterable[Row]) -> str:
         notes += ["", f"### `{row.backend}`{version}", "", f"{row.evidence}, on {row.machine}. {row.reason}".rstrip()]
         features_of: dict[str, list[str]] = {}
         for entry in row.entries:
-            if entry.detail and entry.state != "not run":
+            if entry.detail:
                 features_of.setdefault(entry.detail, []).append(entry.feature)
         notes += ["", *(f"- {', '.join(names)}: {text}" for text, names in features_of.items())] if features_of else []
     return "\n".join([*lines, *notes, ""])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from attn_dispatch.conformance.suite import loaded_vendors
+from attn_dispatch.conformance.loading import loaded_vendors
 from attn_dispatch.dispatch import registry
 from attn_dispatch.hardware import Device
 from attn_dispatch_cuda.gpus import capability_of, from_text

@@ -23,6 +23,7 @@ from typing import Any
 
 import attn_dispatch as ad
 from attn_dispatch.conformance import CASES, Case, Row
+from attn_dispatch.conformance.checklist import case_check
 from attn_dispatch.conformance.report import verify
 from attn_dispatch.dispatch import machine, registry
 
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.row:
         cases = [case for case in cases_for(options.row) if not options.feature or case.feature in options.feature]
-        print(json.dumps(verify(options.row, cases=cases).as_dict()))
+        print(json.dumps(verify(options.row, checks=[case_check(case) for case in cases]).as_dict()))
         return 0
     if options.programs:
         print(json.dumps(_programs()))

@@ -94,8 +94,7 @@ if os.environ.get("ALL_INTERPRETED"):
         max_tokens = 170
         examples = 12
 
-        def test_threads_do_not_disturb_each_other(self) -> None:
-            pytest.skip("not run: Triton's interpreter is for one thread")
+        left_out: ClassVar[Any] = {"four threads": "Triton's interpreter is for one thread"}
 
 
 def test_what_is_here() -> None:

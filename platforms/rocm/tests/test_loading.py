@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import attn_dispatch as ad
-from attn_dispatch.conformance.suite import loaded_vendors
+from attn_dispatch.conformance.loading import loaded_vendors
 from attn_dispatch.contract.layout import layout_named
 from attn_dispatch.dispatch import registry
 

@@ -13,7 +13,8 @@ import torch
 
 import attn_dispatch as ad
 from attn_dispatch.conformance.cases import CASES, Case
-from attn_dispatch.conformance.checks import ConformanceError, run_case
+from attn_dispatch.conformance.checks import run_case
+from attn_dispatch.conformance.findings import ConformanceError
 from attn_dispatch.dispatch import registry
 from attn_dispatch.errors import EnvironmentVariableError
 from attn_dispatch_triton import fixed_maximum as level_of

@@ -14,7 +14,8 @@ import pytest
 import attn_dispatch_triton
 from attn_dispatch import Backend
 from attn_dispatch.conformance.cases import CASES
-from attn_dispatch.conformance.checks import ConformanceError, run_case
+from attn_dispatch.conformance.checks import run_case
+from attn_dispatch.conformance.findings import ConformanceError
 from attn_dispatch.dispatch import registry
 
 CASE = {case.name: case for case in CASES}
