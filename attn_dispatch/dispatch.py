@@ -8,7 +8,7 @@ backend beside a GPU, the reference) comes last and is never chosen without a wa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from attn_dispatch import installed
@@ -102,14 +102,24 @@ class Selection:
 
 
 def choose(
-    specs: AttentionSpec | Specs, backend: str | Backend | None = None, *, scaled: bool = False, purpose: str = ""
+    specs: AttentionSpec | Specs,
+    backend: str | Backend | None = None,
+    *,
+    scaled: bool = False,
+    purpose: str = "",
+    refuses: Callable[[Backend], Refusal | None] | None = None,
 ) -> Backend:
     """Return the backend that runs a layer, or everything that a variant is made of. See `select`."""
-    return select(specs, backend, scaled=scaled, purpose=purpose).backend
+    return select(specs, backend, scaled=scaled, purpose=purpose, refuses=refuses).backend
 
 
 def select(
-    specs: AttentionSpec | Specs, backend: str | Backend | None = None, *, scaled: bool = False, purpose: str = ""
+    specs: AttentionSpec | Specs,
+    backend: str | Backend | None = None,
+    *,
+    scaled: bool = False,
+    purpose: str = "",
+    refuses: Callable[[Backend], Refusal | None] | None = None,
 ) -> Selection:
     """Choose a backend and say what decided.
 
@@ -119,6 +129,7 @@ def select(
         backend: the one to use (strict), by name or as an object; None: chosen.
         scaled: the layer has a k_scale or v_scale that is not 1.
         purpose: what the sequence is for, for messages ("Longformer").
+        refuses: asked of a backend that says yes: why it will not do all the same (its cache's layout, say).
 
     Raises:
         BackendRefusedError: one was named, and says no.
@@ -135,6 +146,10 @@ def select(
         verdict = verdict_of(name, specs, scaled)
         if verdict and named is None and (failure := installed.registry().import_vendor(str(name))):
             verdict = Verdict(str(name), (Refusal("", None, str(failure)),), failed=True)
+        if verdict and refuses is not None:
+            willing = installed.registry().load(name) if isinstance(name, str) else name
+            if refusal := refuses(willing):
+                verdict = willing.refuse(refusal)
         if verdict:
             chosen = installed.registry().load(name) if isinstance(name, str) else name
             _report_choice(chosen.name, tier, request, specs, verdicts, scaled, purpose)

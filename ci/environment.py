@@ -70,13 +70,13 @@ def environment(job: Job, say: Say) -> Path:
     if not (stamp.exists() and stamp.read_text() == wanted):
         say("installing this checkout")
         shutil.rmtree(folder, ignore_errors=True)
-        _run([interpreter(job.python), "-m", "venv", str(folder)])
+        # Without a pip of its own, which takes longer to install than all the rest: that of the packages does it.
+        _run([interpreter(job.python), "-m", "venv", "--without-pip", str(folder)])
         site = _site_packages(folder)
         (site / "packages.pth").write_text(f"import site; site.addsitedir({str(_site_packages(packages))!r})\n")
-        install = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-        for distribution in job.folders:
-            install += ["-e", str(distribution)]
-        _run(install)
+        pip = [str(python_of(packages)), "-m", "pip", "--python", str(python_of(folder)), "--disable-pip-version-check"]
+        editable = [word for distribution in job.folders for word in ("-e", str(distribution))]
+        _run([*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", *editable])
         # An editable install leaves byte code to the first import, which a cost of import should not be measured with.
         sources = [str(path) for f in job.folders for path in f.glob("attn_dispatch*") if path.is_dir()]
         _run([str(python_of(folder)), "-m", "compileall", "-q", *sources])

@@ -143,12 +143,12 @@ class Engine:
             if not self.cache.grows and needed > pool.num_blocks:
                 raise CacheError(
                     f"prompt {sequence.index}: {len(sequence.prompt)} tokens and {max_new_tokens} new ones need "
-                    f"{needed} blocks of {self.cache.sequences.block_size}, the cache has {pool.num_blocks}"
+                    f"{needed} blocks of {self.cache.manager.block_size}, the cache has {pool.num_blocks}"
                 )
 
     def _blocks(self, sequence: Completion, max_new_tokens: int) -> int:
         # The last new token is never written: nothing comes after it.
-        return -(-(len(sequence.prompt) + max_new_tokens - 1) // self.cache.sequences.block_size)
+        return -(-(len(sequence.prompt) + max_new_tokens - 1) // self.cache.manager.block_size)
 
     def _admit(self, waiting: deque[Completion], running: list[Completion], max_new_tokens: int) -> None:
         """Let prompts in while there is room for all that they may become: nothing is thrown out later."""

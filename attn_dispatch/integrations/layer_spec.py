@@ -2,78 +2,111 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.contract.dtypes import dtype_name
+from attn_dispatch.contract.spec import Kind
 from attn_dispatch.errors import ModelError
+from attn_dispatch.integrations.masks import MaskPattern
 
-__all__ = ["layer_parameters", "layer_spec"]
+__all__ = ["LayerCall", "tensor_key"]
 
 
-def layer_spec(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    scaling: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: Any,
-    causal: bool,
-    block_size: int,
-    kv_cache_dtype: str | None = None,
-    writes_kv: bool = True,
-    cached: bool = True,
-) -> AttentionSpec:
-    """Return what a layer needs, read off its tensors and the arguments of its call.
+class LayerCall(NamedTuple):
+    """One call of the attention function: the layer and what it asks for.
 
-    Args:
-        module: the attention module, for messages.
+    Attributes:
+        module: the attention module.
         query: [batch, H, T, D].
-        key: [batch, K, T, D].
-        value: [batch, K, T, Dv].
+        key: [batch, K, columns, D].
+        value: [batch, K, columns, Dv].
+        pattern: which keys a query sees.
         scaling: factor on the scores (None: 1 / sqrt(D)).
-        sliding_window: W, the last W tokens, the token itself included; of a layer that looks ahead the next W too.
         softcap: of the scores.
         sinks: one logit per head, or None.
-        causal: the layer looks back only.
-        block_size: B.
-        kv_cache_dtype: type that the cache stores (None: the layer's).
-        writes_kv: False for a layer that reads another layer's keys and values.
-        cached: False for a forward without a cache, which attends to the call's own tokens.
-
-    Raises:
-        ModelError: the layer is one that a paged cache has no form for.
     """
-    if cached and not causal:
-        raise ModelError(
-            f"{type(module).__name__} looks ahead, and a cache holds no tokens that are still to come: "
-            "run it without a cache (use_cache=False)"
+
+    module: Any
+    query: Any
+    key: Any
+    value: Any
+    pattern: MaskPattern
+    scaling: float | None
+    softcap: float | None
+    sinks: Any
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """What its spec depends on."""
+        _, heads, _, size = self.query.shape
+        rest = (self.key.shape[1], self.value.shape[3], self.query.dtype, self.pattern, self.scaling, self.softcap)
+        return (heads, size, *rest, self.sinks is not None)
+
+    def spec(
+        self,
+        kind: Kind,
+        block_size: int,
+        *,
+        kv_cache_dtype: str | None = None,
+        writes_kv: bool = True,
+    ) -> AttentionSpec:
+        """Return what the layer needs.
+
+        Args:
+            kind: decoder (with a paged cache), encoder (without a cache) or cross.
+            block_size: B.
+            kv_cache_dtype: type that the cache stores (None: the layer's).
+            writes_kv: False for a layer that reads another layer's keys and values.
+
+        Raises:
+            ModelError: the layer is one that a paged cache has no form for.
+        """
+        pattern = self.pattern
+        if kind == "decoder" and not pattern.causal:
+            raise ModelError(
+                f"{type(self.module).__name__} looks ahead, and a cache holds no tokens that are still to come: "
+                "run it without a cache (use_cache=False)"
+            )
+        if kind == "decoder" and pattern.chunk is not None:
+            raise ModelError(
+                f"{type(self.module).__name__} attends in chunks of {pattern.chunk} tokens; a paged cache has full and "
+                "sliding attention only: run it without a cache (use_cache=False)"
+            )
+        return AttentionSpec(
+            num_heads=self.query.shape[1],
+            num_kv_heads=self.key.shape[1],
+            head_size=self.query.shape[3],
+            value_head_size=self.value.shape[3],
+            dtype=dtype_name(self.query.dtype),
+            kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]  # None: the spec fills in the layer's
+            block_size=block_size,
+            scale=self.scaling,  # type: ignore[arg-type]  # likewise
+            causal=pattern.causal,
+            window=pattern.window,
+            logits_soft_cap=self.softcap,
+            sinks=self.sinks is not None,
+            kind=kind,
+            writes_kv=writes_kv,
         )
-    window = (-1, -1)
-    if sliding_window is not None:
-        # What transformers tells the attention function counts the token itself, on either side.
-        window = (sliding_window - 1, 0 if causal else sliding_window - 1)
-    return AttentionSpec(
-        num_heads=query.shape[1],
-        num_kv_heads=key.shape[1],
-        head_size=query.shape[3],
-        value_head_size=value.shape[3],
-        dtype=dtype_name(query.dtype),
-        kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]  # None: the spec fills in the layer's
-        block_size=block_size,
-        scale=scaling,  # type: ignore[arg-type]  # likewise
-        causal=causal,
-        window=window,
-        logits_soft_cap=softcap,
-        sinks=sinks is not None,
-        kind="decoder" if cached else "encoder",
-        writes_kv=writes_kv,
-    )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The arguments of `attention` for what the layer owns."""
+        return {} if self.sinks is None else {"sinks": self.sinks.detach().float().cpu().numpy()}
+
+    @property
+    def parameters_key(self) -> object:
+        """What changes whenever `parameters` do."""
+        return None if self.sinks is None else tensor_key(self.sinks)
 
 
-def layer_parameters(sinks: Any) -> dict[str, Any]:
-    """Return the arguments of `attention` for what the layer owns."""
-    return {} if sinks is None else {"sinks": sinks.detach().float().cpu().numpy()}
+def tensor_key(tensor: Any) -> object:
+    """Return what changes whenever a small tensor's contents do.
+
+    On the CPU that is the contents; elsewhere, where reading them would wait for the device, address and version.
+    """
+    tensor = tensor.detach()
+    if tensor.device.type == "cpu":
+        return tensor.float().numpy().tobytes()
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from attn_dispatch.contract.side import I32
 from attn_dispatch.errors import CacheError
+from attn_dispatch.integrations.masks import LayerMask
 
-__all__ = ["Columns", "pack", "unpack"]
+__all__ = ["Columns", "pack", "token_rows", "unpack"]
 
 
 class Columns:
@@ -26,45 +29,54 @@ class Columns:
         self.plain = 0
         self._padded = False
 
-    def take(self, mask: Any, batch: int, length: int, held: I32) -> tuple[I32, Any]:
+    def take(self, mask: LayerMask, batch: int, length: int, held: I32, device: Any) -> tuple[I32, Any]:
         """Return how many of the last `length` columns are tokens of each sequence, and which rows of the rectangle.
 
         Args:
-            mask: bool[batch, columns], True for tokens, of all columns so far; None when nothing is padding.
+            mask: of all columns so far.
             batch: sequences.
             length: new columns, counted in `self.length` already.
             held: i32[batch], tokens of the earlier columns.
+            device: of the rows.
 
         Returns:
-            i32[batch], and i64[tokens] on the mask's device (None: all rows are tokens).
+            i32[batch], and i64[tokens] (None: all rows are tokens).
 
         Raises:
             CacheError: the mask does not fit what the earlier columns were.
         """
-        if mask is None:
+        padding = mask.padding
+        if padding is None:
             if self._padded:
                 raise CacheError("earlier columns were padding, but no attention_mask says which: give all of it")
             self.plain += length
-            return np.full(batch, length, np.int32), None
-        host = mask.to("cpu").numpy()
-        if host.shape != (batch, self.length):
+            return token_rows(None, batch, length, device)
+        if padding.shape != (batch, self.length):
             raise CacheError(
-                f"attention_mask is {host.shape}, but {self.length - length} columns are in the cache and {length} are "
-                f"new: it has to be ({batch}, {self.length})"
+                f"attention_mask is {padding.shape}, but {self.length - length} columns are in the cache and {length} "
+                f"are new: it has to be ({batch}, {self.length})"
             )
-        recent, earlier = host[:, -length:], host[:, :-length].sum(1)
+        recent, earlier = padding[:, -length:], padding[:, :-length].sum(1)
         if (earlier != held).any():
             s = int(np.argmax(earlier != held))
             raise CacheError(
                 f"sequence {s}: attention_mask keeps {int(earlier[s])} of the earlier columns, the cache has "
                 f"{int(held[s])}: what is in a cache cannot be masked afterwards"
             )
+        ends_early = padding.any(1) & ~padding[:, -1]
+        if ends_early.any():
+            warnings.warn(
+                f"sequence {int(np.argmax(ends_early))} is padded on the right: its last row of logits is that of a "
+                "padding token, and generate() goes on from there; transformers' own kernels give another one. Pad on "
+                "the left",
+                stacklevel=2,
+            )
         self._padded = True
         if recent.all():
             self.plain += length
-            return np.full(batch, length, np.int32), None
-        self.plain = int(np.argmin(recent.all(0)[::-1]))  # the first from the right that is padding somewhere
-        return recent.sum(1, dtype=np.int32), torch.from_numpy(np.flatnonzero(recent)).to(mask.device)
+            return token_rows(None, batch, length, device)
+        self.plain = int(np.argmin(np.flip(recent.all(axis=0))))  # the first from the right that is padding somewhere
+        return token_rows(recent, batch, length, device)
 
     def drop(self, count: int) -> None:
         """Forget the last columns.
@@ -79,6 +91,16 @@ class Columns:
             )
         self.length -= count
         self.plain -= count
+
+
+def token_rows(padding: npt.NDArray[np.bool_] | None, batch: int, columns: int, device: Any) -> tuple[I32, Any]:
+    """Return how many columns of each sequence are tokens, i32[batch], and which rows of the rectangle, i64[tokens].
+
+    The rows are None when all are tokens.
+    """
+    if padding is None or padding.all():
+        return np.full(batch, columns, np.int32), None
+    return padding.sum(1, dtype=np.int32), torch.from_numpy(np.flatnonzero(padding)).to(device)
 
 
 def pack(states: Any, rows: Any) -> Any:

@@ -1,66 +1,88 @@
 """Hugging Face transformers models on attn_dispatch, through transformers' public interfaces alone.
 
-    from attn_dispatch.integrations.transformers import PagedCache, register
+    from attn_dispatch.integrations.transformers import attach
+
+    model = attach(AutoModelForCausalLM.from_pretrained(folder))
+    model.generate(**inputs)
+
+or step by step:
 
     register()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="attn_dispatch")
     model.generate(**inputs, past_key_values=PagedCache(model))
 
 Each layer gets its own spec (windows, head sizes, soft-caps, sinks), padding is dropped before it costs anything, and
-each distinct spec is planned once per step. A forward without a cache (`use_cache=False`) works too.
+each distinct spec is planned once per step. A forward without a cache (`use_cache=False`) works too. Under
+`torch.compile` the graph breaks at each attention.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, EncoderDecoderCache
 
 from attn_dispatch.errors import ModelError
 from attn_dispatch.integrations.cacheless import attend_cacheless
-from attn_dispatch.integrations.padding import pack, unpack
-from attn_dispatch.integrations.paged_cache import NAME, PagedCache
-from attn_dispatch.integrations.paged_layer import PagedLayer
+from attn_dispatch.integrations.layer_spec import LayerCall
+from attn_dispatch.integrations.masks import mask_of, padding_mask
+from attn_dispatch.integrations.paged_cache import PagedCache
+from attn_dispatch.integrations.paged_layer import update_of
+from attn_dispatch.integrations.paged_state import NAME, refuse_other_keys
 
-__all__ = ["NAME", "PagedCache", "attention_forward", "padding_mask", "register"]
+__all__ = ["NAME", "PagedCache", "attach", "attention_forward", "padding_mask", "register"]
+
+# Tensors among the arguments that say nothing about which keys are seen, and how much of them.
+_NEUTRAL = {"position_ids", "cache_position", "num_items_in_batch", "position_embeddings", "token_type_ids", "labels"}
 
 
 def register() -> None:
     """Make "attn_dispatch" a value of `attn_implementation`. Doing it twice does no harm."""
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    AttentionMaskInterface.register(NAME, torch.compiler.disable(padding_mask))
 
 
-def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *args: Any,
-    attention_mask: Any = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """Return bool[batch, kv_length], True for tokens, or None when nothing is padding.
+def attach(model: Any, **cache_options: Any) -> Any:
+    """Let a model attend through attn_dispatch, and `generate` (and pipelines) use a paged cache of their own.
 
-    What is causal, and how wide a window is, the layers say themselves; a model that adds something else to its mask
-    (packed sequences, images that see themselves) is refused rather than computed wrongly.
+    Args:
+        model: a transformers model; it is changed, and returned.
+        cache_options: of each call's `PagedCache`.
 
     Raises:
-        ModelError: the mask is more than causality, a window and padding.
+        ModelError: it cannot: its attention is not called through transformers' AttentionInterface, or it has layers
+            that a paged cache cannot hold.
     """
-    # transformers allows its own kernels to skip the mask exactly when causality (or its absence) says it all.
-    if not (allow_is_causal_skip or allow_is_bidirectional_skip):
+    register()
+    sources = {sys.modules[type(module).__module__] for module in model.modules()}
+    if not any(hasattr(source, "ALL_ATTENTION_FUNCTIONS") for source in sources):
         raise ModelError(
-            "this model's mask is more than causality, a window and padding (packed sequences without a cache, image "
-            "tokens that see each other, prefix language models): the contract has no form for it"
+            f"{type(model).__name__} does not call its attention through transformers' AttentionInterface: "
+            "no other implementation than its own can run it"
         )
-    if attention_mask is None or bool(attention_mask.all()):
-        return None
-    return attention_mask
+    model.set_attn_implementation(NAME)
+    PagedCache(model, **cache_options)  # refuses now rather than at the first call
+    generate = model.generate
+    argument = "cache" if "cache" in inspect.signature(type(model).generate).parameters else "past_key_values"
+
+    @functools.wraps(generate)
+    def generate_paged(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.keys() & {"cache", "past_key_values", "cache_implementation"}
+        if not given and kwargs.get("use_cache") is not False and model.config._attn_implementation == NAME:
+            cache = PagedCache(model, **cache_options)
+            encoder_decoder = model.config.is_encoder_decoder
+            kwargs[argument] = EncoderDecoderCache(cache, DynamicCache()) if encoder_decoder else cache
+        return generate(*args, **kwargs)
+
+    model.generate = generate_paged
+    return model
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention_forward(
     module: Any,
     query: Any,
@@ -73,7 +95,6 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Any = None,
     is_causal: bool | None = None,
-    position_bias: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
     """Attend, as transformers calls it.
@@ -90,44 +111,58 @@ def attention_forward(
         softcap: of the scores.
         s_aux: sinks, one logit per head.
         is_causal: unless the module says it.
-        position_bias: refused.
         kwargs: what other implementations take.
 
     Returns:
-        [batch, T, H, Dv], and None for the weights.
+        [batch, T, H, Dv], and None for the weights. A backward through it raises ModelError.
 
     Raises:
-        ModelError: the layer asks for what the contract has no form for, or for a gradient.
+        ModelError: the layer asks for what the contract has no form for.
     """
-    layer: PagedLayer | None = getattr(key, "paged_layer", None)
-    if position_bias is not None or dropout or (attention_mask is not None and attention_mask.ndim != 2):
-        _refuse(module, dropout, attention_mask)
-    if query.requires_grad and torch.is_grad_enabled():
-        raise ModelError(f"{NAME} has no gradients: call the model under torch.inference_mode(), or train with 'sdpa'")
-    options = {
-        "scaling": scaling,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-        "sinks": s_aux,
-        "causal": getattr(module, "is_causal", True) if is_causal is None else is_causal,
-    }
-    if layer is None:
-        return attend_cacheless(module, query, key, value, attention_mask, options), None
-    cache = layer.cache
-    step, batch = cache.ready(attention_mask)
-    bound = cache.bind(module, layer, query, key, value, options)
-    plan = cache.plan(step, batch, bound)
-    store = cache.store(layer, batch, bound, key.device)
-    rows = step.rows
-    k, v = (pack(key, rows), pack(value, rows)) if bound.writes else (None, None)
-    out = bound.attention.run(plan, pack(query, rows), k, v, store)
-    return unpack(out, rows, step.batch_size, step.length), None
+    update = update_of(key)
+    if update is None:
+        refuse_other_keys(module)
+    else:
+        update.layer.state.attended()
+    _check_arguments(module, dropout, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = mask_of(attention_mask, module, bool(causal), sliding_window)
+    call = LayerCall(module, query, key, value, mask.pattern, scaling, softcap, s_aux)
+    if not torch.is_grad_enabled():
+        return (attend_cacheless(call, mask) if update is None else update.layer.attend(update, call, mask)), None
+    with torch.no_grad():
+        out = attend_cacheless(call, mask) if update is None else update.layer.attend(update, call, mask)
+    if query.requires_grad or key.requires_grad or value.requires_grad or getattr(s_aux, "requires_grad", False):
+        out = _NoBackward.apply(out, query, key, value, s_aux)
+    return out, None
 
 
-def _refuse(module: Any, dropout: float, mask: Any) -> None:
+def _check_arguments(module: Any, dropout: float, arguments: dict[str, Any]) -> None:
+    """Refuse arguments that change the result and have no form here."""
+    name = type(module).__name__
     if dropout:
         raise ModelError(f"dropout={dropout}: {NAME} is for inference; call model.eval()")
-    found = "a position bias" if mask is None or mask.ndim == 2 else f"a mask of shape {tuple(mask.shape)}"
-    raise ModelError(
-        f"{type(module).__name__} brings {found}; {NAME} takes bool[batch, columns] for padding, and no bias"
-    )
+    if arguments.get("position_bias") is not None:
+        raise ModelError(f"{name} adds a position bias to its scores; {NAME} takes none")
+    if arguments.get("output_attentions"):
+        raise ModelError(f"{name}: {NAME} returns no attention weights; use attn_implementation='eager' for them")
+    unknown = [k for k, v in arguments.items() if k not in _NEUTRAL and isinstance(v, torch.Tensor)]
+    if unknown:
+        raise ModelError(
+            f"{name} gives its attention {', '.join(unknown)}, which may change what it sees (packed sequences, sparse "
+            f"attention, a bias): {NAME} has no form for it"
+        )
+
+
+class _NoBackward(torch.autograd.Function):  # type: ignore[misc]
+    """The identity, with a backward that says that there is none: gradients must not vanish in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Any, *inputs: Any) -> Any:
+        """Return the output as it is."""
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Refuse."""
+        raise ModelError(f"{NAME} has no gradients: train with attn_implementation='sdpa'")

@@ -55,7 +55,9 @@ class LocalStride:
             raise SpecError(f"{self}: local_blocks must be 0 or more, vert_stride 1 or more, and there is an offset")
 
     @classmethod
-    def per_head(cls, local_blocks: int, vert_stride: int, num_heads: int, first: int = 0) -> LocalStride:
+    def per_head(
+        cls, local_blocks: int, vert_stride: int, num_heads: int, first: int = 0, count: int | None = None
+    ) -> LocalStride:
         """Return a pattern whose stripes move from query head to query head, as with `homo_head=False`.
 
         Args:
@@ -63,9 +65,16 @@ class LocalStride:
             vert_stride: see above.
             num_heads: of the whole model.
             first: the first head of this part of it (tensor parallelism).
+            count: heads of this part (None: those from `first` on).
+
+        Raises:
+            SpecError: the part has heads that the model has not.
         """
+        last = num_heads if count is None else first + count
+        if not 0 <= first < last <= num_heads:
+            raise SpecError(f"heads {first}..{last - 1} are not among the model's {num_heads}")
         step = max(1, vert_stride // num_heads)
-        return cls(local_blocks, vert_stride, tuple(head * step + 1 for head in range(first, first + num_heads)))
+        return cls(local_blocks, vert_stride, tuple(head * step + 1 for head in range(first, last)))
 
     @property
     def num_patterns(self) -> int:

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from attn_dispatch.attention import attention
-from attn_dispatch.backend import Backend
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
+from attn_dispatch.backend import Backend, Refusal
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
 from attn_dispatch.contract.side import I32
+from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError, SpecError
 from attn_dispatch.variants.block_mask import Bools, Pattern
-from attn_dispatch.variants.choosing import choose_for
-from attn_dispatch.variants.head_folding import fold_cache, fold_rows, folded_spec, unfold_rows
+from attn_dispatch.variants.head_folding import cannot_fold, fold_cache, fold_rows, folded_spec, unfold_rows
 from attn_dispatch.variants.pieces import I64, Pieces, cut, starts
 from attn_dispatch.variants.rows import put
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, attend, refuse_fields
+from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan, attend, refuse_fields
 from attn_dispatch.variants.writing import Writer
 
 __all__ = ["BlockSparse", "BlockSparsePlan"]
@@ -95,12 +95,17 @@ class BlockSparse(Variant):
         self._diagonal = head if spec.causal else self._everything
         store = replace(spec, kind="decoder", causal=True, sinks=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        self.backend = choose_for("BlockSparse", [self._diagonal, Writer.spec_for(store)], backend, scaled=scaled)
+        needs = [self._diagonal, Writer.spec_for(store)]
+        self.backend = choose(needs, backend, scaled=scaled, purpose="BlockSparse", refuses=self._refuses)
         owned: dict[str, Any] = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
         self._attn = attention(self._diagonal, self.backend, **owned)
         self._owned = owned
         self._writer: Writer = Writer(store, self.backend, k_scale=k_scale, v_scale=v_scale)
         self._cache_attn = self._writer.attn
+
+    def _refuses(self, backend: Backend) -> Refusal | None:
+        """Refuse a backend whose cache has no heads that a page table per head could name."""
+        return None if self._patterns == 1 else cannot_fold(backend, self.spec, self._diagonal)
 
     def plan(self, batch: AttentionMetadata, pattern: Pattern | Sequence[Pattern] | None = None) -> BlockSparsePlan:
         """Prepare a step.
@@ -206,24 +211,16 @@ class BlockSparse(Variant):
         picked = [np.arange(start[i], start[i + 1]) for i in np.flatnonzero(chosen)]
         return Group((Pass(attn, attn.plan(batch)),), np.concatenate(picked))
 
-    def _attend(
-        self,
-        plan: VariantPlan,
-        queries: Sequence[Array],
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache,
-        out: Array | None,
-        return_lse: bool,
-    ) -> Any:
-        assert isinstance(plan, BlockSparsePlan)
+    def _attend(self, call: VariantCall) -> Any:
+        plan = call.plan
         if plan.patterns == 1:
-            return attend(self.spec, plan.groups, queries, None, None, cache, out, return_lse)
+            return super()._attend(call)
         spec = self._attn.spec
-        pages = fold_cache(cache, spec, self.backend.layout(spec))
-        folded = attend(spec, plan.groups, [fold_rows(queries[0], plan.patterns)], None, None, pages, None, return_lse)
-        result, lse = folded if return_lse else (folded, None)
+        pages = fold_cache(call.cache, spec, self.backend.layout(spec))
+        rows = (fold_rows(call.queries[0], plan.patterns),)
+        folded = attend(spec, plan.groups, VariantCall(plan, rows, None, None, pages, return_lse=call.return_lse))
+        result, lse = folded if call.return_lse else (folded, None)
         result = unfold_rows(result, plan.patterns)
-        if out is not None:
-            result = put(out, None, result)
+        if call.out is not None:
+            result = put(call.out, None, result)
         return result if lse is None else (result, unfold_rows(lse, plan.patterns))

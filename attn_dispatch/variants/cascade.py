@@ -15,8 +15,8 @@ import numpy as np
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
+from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError
-from attn_dispatch.variants.choosing import choose_for
 from attn_dispatch.variants.pieces import I64, shifted
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
 
@@ -54,7 +54,7 @@ class Cascade(Variant):
         # The sink counts once: with each sequence's own part.
         shared = replace(own, causal=False, sinks=False, writes_kv=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        self.backend = choose_for("Cascade", [own, shared], backend, scaled=scaled)
+        self.backend = choose([own, shared], backend, scaled=scaled, purpose="Cascade")
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
         self._own = attention(own, self.backend, sinks=sinks, **scales)
         self._shared = attention(shared, self.backend, **scales)

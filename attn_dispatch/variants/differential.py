@@ -14,14 +14,15 @@ Chunked prefill, prefix sharing, copy-on-write are those of any cache.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from attn_dispatch.attention import Attention, attention
-from attn_dispatch.backend import Backend, Plan
+from attn_dispatch.backend import Backend, Plan, Refusal
 from attn_dispatch.contract import (
     Array,
     AttentionMetadata,
@@ -33,12 +34,12 @@ from attn_dispatch.contract import (
 )
 from attn_dispatch.contract.arrays import library_of
 from attn_dispatch.contract.dtypes import dtype_name, numpy_dtype
+from attn_dispatch.dispatch import choose, verdict_of
 from attn_dispatch.errors import ArrayError, CacheError, SpecError
-from attn_dispatch.variants.choosing import choose_for, refusal
 from attn_dispatch.variants.pair_cache import PairCache
 from attn_dispatch.variants.rows import concatenate, module_of, new, put
 from attn_dispatch.variants.strided import key_and_value, why_not
-from attn_dispatch.variants.variant import refuse_fields
+from attn_dispatch.variants.variant import Variant, VariantCall, VariantPlan, check_plan, refuse_fields
 
 __all__ = ["DIFFERENTIAL", "Differential", "Form", "reference_cache"]
 
@@ -48,12 +49,26 @@ Form = Literal["one", "two", "four"]
 DIFFERENTIAL = register_layout(CacheLayout("differential", (("pages", "K%2 2 N B K/2 D"),)))
 """The reference implementation's cache, (2, 2, N, B, K/2, D): which of the pair, key or value, block, token, pair."""
 
+
+@dataclass(frozen=True, eq=False)
+class DifferentialPlan(VariantPlan):
+    """A step of a differential layer.
+
+    Attributes:
+        plans: of its passes; two passes over halves of the keys share one.
+        halves: it is two passes over halves of the keys.
+    """
+
+    plans: tuple[Plan, ...] = ()
+    halves: bool = False
+
+
 _MANY_TOKENS = 8
 """New tokens per sequence from which on arithmetic costs more than reading the cache does."""
 _KEPT = "attn_dispatch.variants.differential"
 
 
-class Differential:
+class Differential(Variant):
     """A differential layer of a decoder.
 
     Attributes:
@@ -111,12 +126,13 @@ class Differential:
         scaled = k_scale != 1.0 or v_scale != 1.0
         forms: tuple[Form, ...] = ("one", "two", "four") if form is None else (form,)
         choices = tuple(self.passes(spec, f)[0] for f in forms)
-        self.backend = choose_for("Differential", [choices], backend, scaled=scaled)
-        self.form: Form = next(f for f in forms if refusal(self.backend, self.passes(spec, f), scaled=scaled) is None)
+        refuses = partial(self._refuses, forms)
+        self.backend = choose([choices], backend, scaled=scaled, purpose="Differential", refuses=refuses)
+        self.form: Form = next(f for f in forms if verdict_of(self.backend, self.passes(spec, f), scaled))
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         self._attns = [attention(one, self.backend, **scales) for one in self.passes(spec, self.form)]
         self._halves: Attention | None = None
-        if self.form == "one" and refusal(self.backend, self.passes(spec, "two"), scaled=scaled) is None:
+        if self.form == "one" and verdict_of(self.backend, self.passes(spec, "two"), scaled):
             halves = attention(self.passes(spec, "two")[0], self.backend, **scales)
             if not why_not(halves, lambda num_blocks: self._half_cache(self._attns[0].allocate(num_blocks), halves, 1)):
                 self._halves = halves
@@ -150,11 +166,26 @@ class Differential:
         first = self._attns[0].allocate(num_blocks, device)
         return first if self.form == "one" else PairCache(first, self._attns[0].allocate(num_blocks, device))
 
-    def plan(self, batch: AttentionMetadata) -> tuple[Plan, ...]:
+    def plan(self, batch: AttentionMetadata) -> DifferentialPlan:
         """Prepare a step, once for all the layers of this spec and form; see `Attention.plan`."""
-        if self._halves is not None and batch.num_tokens >= _MANY_TOKENS * batch.num_seqs:
-            return (self._halves.plan(batch),)
-        return tuple(attn.plan(batch) for attn in self._attns)
+        halves = self._halves is not None and batch.num_tokens >= _MANY_TOKENS * batch.num_seqs
+        attns = [self._halves] if halves and self._halves is not None else self._attns
+        plans = tuple(attn.plan(batch) for attn in attns)
+        highest = max(plan.highest_block for plan in plans)
+        return DifferentialPlan(self.spec, batch.num_tokens, highest_block=highest, plans=plans, halves=halves)
+
+    def _refuses(self, forms: tuple[Form, ...], backend: Backend) -> Refusal | None:
+        """Refuse a backend whose cache layout cannot hold the pairs, before one is allocated."""
+        for form in forms:
+            spec = self.passes(self.spec, form)[0]
+            if not backend.verdict(spec):
+                continue
+            try:
+                backend.layout(spec).shapes(spec.geometry, 1)
+            except CacheError as error:
+                return Refusal("value_head_size", spec.value_head_size, str(error), "Use another backend")
+            return None
+        return None
 
     def _half_cache(self, cache: KVCache, halves: Attention, side: int) -> KVCache | None:
         """Return the cache of pairs with one half of its keys, as a view; None where its layout has no such view."""
@@ -165,39 +196,33 @@ class Differential:
         views = {"key": arrays[0][..., side * size : (side + 1) * size], "value": arrays[1]}
         return KVCache(cache.owner, halves.spec.geometry, cache.layout, cache.num_blocks, views, cache.device)
 
-    def run(
-        self, plan: tuple[Plan, ...], q: Array, k: Array | None, v: Array | None, cache: KVCache | PairCache
-    ) -> Array:
-        """Write the new keys and values, then attend.
-
-        Args:
-            plan: of this step.
-            q: [T, H, D], pairs striped.
-            k: [T, K, D], likewise, or None when the step writes nothing.
-            v: [T, K, D], likewise.
-            cache: the layer's.
-
-        Returns:
-            [T, H, D]: pair i's output, 2D wide, lies in heads 2i and 2i + 1.
-
-        Raises:
-            ArrayError, CacheError, PlanError: before anything has been written.
-        """
-        spec = self.spec
-        for name, array, heads in (("q", q, spec.num_heads), ("k", k, spec.num_kv_heads), ("v", v, spec.num_kv_heads)):
-            if array is not None and (len(array.shape) != 3 or tuple(array.shape[1:]) != (heads, spec.head_size)):
-                raise ArrayError(f"{name} has shape {tuple(array.shape)}, needs [T, {heads}, {spec.head_size}]")
-        if isinstance(cache, PairCache) == (self.form == "one"):
-            raise CacheError(f"a layer of form {self.form!r} takes the cache that its own allocate() makes")
-        by_pairs = [None if x is None else x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2]) for x in (q, k, v)]
-        if isinstance(cache, KVCache) and self._halves is not None and plan[0].spec == self._halves.spec:
+    def _attend(self, call: VariantCall) -> Array:
+        """Run the passes: q and k in stripes of pairs; pair i's output, 2D wide, lies in heads 2i and 2i + 1."""
+        plan, cache = call.plan, call.cache
+        arrays = (call.queries[0], call.k, call.v)
+        by_pairs = [None if x is None else x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2]) for x in arrays]
+        if plan.halves and isinstance(cache, KVCache):
+            assert self._halves is not None
             cache = self._halved(cache, self._halves)
         if isinstance(cache, PairCache):
             both = self._run_four if self.form == "four" else self._run_two
-            first, second = both(plan, by_pairs[0], by_pairs[1], by_pairs[2], cache)
+            first, second = both(plan.plans, by_pairs[0], by_pairs[1], by_pairs[2], cache)
         else:
-            first, second = self._run_one(plan, by_pairs[0], by_pairs[1], by_pairs[2], cache)
-        return self._difference(first, second, q)
+            first, second = self._run_one(plan.plans, by_pairs[0], by_pairs[1], by_pairs[2], cache)
+        result = self._difference(first, second, arrays[0])
+        return result if call.out is None else put(call.out, None, result)
+
+    def _check(self, call: VariantCall) -> None:
+        spec = self.spec
+        if call.return_lse:
+            raise SpecError("Differential: the difference of two attentions has no log-sum-exp")
+        if isinstance(call.cache, PairCache) == (self.form == "one"):
+            raise CacheError(f"a layer of form {self.form!r} takes the cache that its own allocate() makes")
+        check_plan(spec, call.plan, call.cache.num_blocks)
+        arrays = [("q", call.queries[0], spec.num_heads), ("out", call.out, spec.num_heads)]
+        for name, array, heads in (*arrays, ("k", call.k, spec.num_kv_heads), ("v", call.v, spec.num_kv_heads)):
+            if array is not None and (len(array.shape) != 3 or tuple(array.shape[1:]) != (heads, spec.head_size)):
+                raise ArrayError(f"{name} has shape {tuple(array.shape)}, expected [T, {heads}, {spec.head_size}]")
 
     def _run_one(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: KVCache) -> tuple[Array, Array]:
         """Return both maps' outputs, [T, H / 2, 2D] each; q, k and v are [T, pairs, 2, D]."""

@@ -16,10 +16,10 @@ from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.contract.side import I64
+from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import ArrayError, MetadataError, SpecError
-from attn_dispatch.variants.choosing import choose_for
 from attn_dispatch.variants.pieces import cut, shifted, starts
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
+from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan, refuse_fields
 
 __all__ = ["ChunkPositions", "DualChunk"]
 
@@ -83,7 +83,7 @@ class DualChunk(Variant):
         own = replace(spec, returns_lse=True)
         back = replace(own, causal=False, writes_kv=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        self.backend = choose_for("DualChunk", [own, back], backend, scaled=scaled)
+        self.backend = choose([own, back], backend, scaled=scaled, purpose="DualChunk")
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
         self._own = attention(own, self.backend, **scales)
         self._back = attention(back, self.backend, **scales)
@@ -175,4 +175,4 @@ class DualChunk(Variant):
         queries = tuple(q) if isinstance(q, tuple | list) else ()
         if len(queries) != 3:
             raise ArrayError("DualChunk takes three forms of q: (intra, successive, inter), [T, H, D] each")
-        return self._run(plan, queries, k, v, cache, out, return_lse)
+        return self._run(VariantCall(plan, queries, k, v, cache, out, return_lse))

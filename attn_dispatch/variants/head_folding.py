@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from attn_dispatch.backend import Backend, Refusal
 from attn_dispatch.contract import Array, AttentionSpec, CacheLayout, KVCache
 from attn_dispatch.contract.arrays import permute
 from attn_dispatch.errors import SpecError
 
-__all__ = ["fold_cache", "fold_rows", "folded_spec", "unfold_rows"]
+__all__ = ["cannot_fold", "fold_cache", "fold_rows", "folded_spec", "unfold_rows"]
 
 _KEPT = "attn_dispatch.variants.head_folding"
 
@@ -27,6 +28,26 @@ def folded_spec(spec: AttentionSpec, patterns: int) -> AttentionSpec:
             f"{spec.num_heads} query heads"
         )
     return replace(spec, num_heads=spec.num_heads // patterns, num_kv_heads=1)
+
+
+def cannot_fold(backend: Backend, spec: AttentionSpec, head: AttentionSpec) -> Refusal | None:
+    """Return why a backend's caches cannot be seen as caches of one head, if they cannot.
+
+    Args:
+        backend: which accepts both specs.
+        spec: the layer, with K heads.
+        head: of one head; see `folded_spec`.
+    """
+    layout = backend.layout(spec)
+    folds = layout == backend.layout(head) and not layout.is_joint
+    if folds:
+        heads, shapes = spec.num_kv_heads, layout.shapes(spec.geometry, 2)
+        alone = layout.shapes(head.geometry, 2 * heads)
+        folds = all(shapes[name] == (2, heads, *alone[name][2:]) and alone[name][1] == 1 for name in shapes)
+    if folds:
+        return None
+    accepts = f"layout {layout.name} does not keep a block's heads one after the other, as a pattern per head needs"
+    return Refusal("pattern", "one per head", accepts, "Use one pattern for all heads, or a backend with layout HND")
 
 
 def fold_cache(cache: KVCache, spec: AttentionSpec, layout: CacheLayout) -> KVCache:

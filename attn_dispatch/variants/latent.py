@@ -8,20 +8,22 @@ the values are the keys' first `latent` columns. So they are one array, of which
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from attn_dispatch.attention import Attention, attention
-from attn_dispatch.backend import Backend, Plan
+from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.contract.arrays import permute
+from attn_dispatch.dispatch import choose, verdict_of
 from attn_dispatch.errors import ArrayError, SpecError
-from attn_dispatch.variants.choosing import choose_for, refusal
-from attn_dispatch.variants.rows import concatenate
+from attn_dispatch.variants.rows import concatenate, put
 from attn_dispatch.variants.strided import OneArrayCache, key_and_value, why_not
+from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan
 
 __all__ = ["Latent"]
 
 
-class Latent:
+class Latent(Variant):
     """An MLA layer over a cache that holds each token's latent vector once.
 
     Attributes:
@@ -73,9 +75,9 @@ class Latent:
             scale=scale,
         )
         alias = replace(view, value_head_size=width)
-        self.backend = choose_for("Latent", [(view, alias)], backend)
-        no = refusal(self.backend, [view])
-        self.note = str(no) if no is not None else self._why_not(attention(view, self.backend))
+        self.backend = choose([(view, alias)], backend, purpose="Latent")
+        verdict = verdict_of(self.backend, view)
+        self.note = self._why_not(attention(view, self.backend)) if verdict else str(verdict)
         self.values_are = "alias" if self.note else "view"
         self._attn = attention(alias if self.note else view, self.backend)
         self.spec = self._attn.spec
@@ -102,33 +104,50 @@ class Latent:
         assert joined is not None  # it was tried
         return joined
 
-    def plan(self, batch: AttentionMetadata) -> Plan:
+    def plan(self, batch: AttentionMetadata) -> VariantPlan:
         """Prepare a step; see `Attention.plan`."""
-        return self._attn.plan(batch)
+        plan = self._attn.plan(batch)
+        group = Group((Pass(self._attn, plan, writes=True),))
+        return VariantPlan(self.spec, plan.num_tokens, (group,), highest_block=plan.highest_block)
 
-    def run(self, plan: Plan, q: Array, latent: Array, rotary: Array | None, cache: KVCache) -> Array:
+    def run(
+        self,
+        plan: VariantPlan,
+        q: Array,
+        k: Array | None,
+        v: Array | None,
+        cache: KVCache,
+        out: Array | None = None,
+        *,
+        return_lse: bool = False,
+    ) -> Any:
         """Write the new tokens, then attend.
 
         Args:
             plan: of this step.
             q: [T, H, latent + rotary]: the key projection's transpose applied to each head's query (`absorb`), then its
                 rotary part.
-            latent: [T, latent], normalised, as it is cached.
-            rotary: [T, rotary], turned to its positions (None when `rotary_size` is 0).
+            k: the latent vectors [T, latent], normalised, as they are cached.
+            v: the rotary parts [T, rotary], turned to their positions (None when `rotary_size` is 0).
             cache: the layer's.
+            out: [T, H, latent] to write into.
+            return_lse: also return the log-sum-exp, natural log, f32[T, H].
 
         Returns:
-            [T, H, latent], which the value projection makes a head's output of.
+            [T, H, latent], which the value projection makes a head's output of; or that and the LSE.
         """
-        if (rotary is None) != (self.rotary_size == 0):
-            raise ArrayError(
-                f"rotary_size={self.rotary_size}: rotary {'is missing' if rotary is None else 'was given'}"
-            )
-        joined = latent if rotary is None else concatenate([latent, rotary], 1)
-        row = joined[:, None, :]
+        latent, rotary = k, v
+        if latent is None or (rotary is None) != (self.rotary_size == 0):
+            names = [name for name, x in (("latent", latent), ("rotary", rotary)) if x is not None]
+            raise ArrayError(f"rotary_size={self.rotary_size} needs other arrays; found {' and '.join(names)}")
+        row = (latent if rotary is None else concatenate([latent, rotary], 1))[:, None, :]
         value = row if self.values_are == "alias" else latent[:, None, :]
-        out = self._attn.run(plan, q, row, value, cache)
-        return out[..., : self.latent_size]
+        result = self._run(VariantCall(plan, (q,), row, value, cache, return_lse=return_lse))
+        attended, lse = result if return_lse else (result, None)
+        attended = attended[..., : self.latent_size]
+        if out is not None:
+            attended = put(out, None, attended)
+        return (attended, lse) if return_lse else attended
 
     @staticmethod
     def absorb(q: Array, projection: Array) -> Array:

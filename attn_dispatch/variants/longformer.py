@@ -20,8 +20,8 @@ from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
 from attn_dispatch.contract.side import I32
+from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError, SpecError
-from attn_dispatch.variants.choosing import Needs, choose_for
 from attn_dispatch.variants.pieces import I64, cut, shifted
 from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
 from attn_dispatch.variants.writing import Writer
@@ -88,8 +88,8 @@ class Longformer(Variant):
         full = replace(reads, window=(-1, -1)) if spec.causal else replace(globals_, sinks=spec.sinks)
         store = replace(spec, kind="decoder", causal=True, window=(-1, -1), sinks=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        needs: Needs = [reads, globals_, full, Writer.spec_for(store)]
-        self.backend = choose_for("Longformer", needs, backend, scaled=scaled)
+        needs = [reads, globals_, full, Writer.spec_for(store)]
+        self.backend = choose(needs, backend, scaled=scaled, purpose="Longformer")
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
         self._window = attention(reads, self.backend, sinks=sinks, **scales)
         self._globals = attention(globals_, self.backend, **scales)

@@ -6,7 +6,6 @@ own (so that the backend's own parallelism over sequences applies), and the part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +13,12 @@ import numpy as np
 
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
+from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError, SpecError
-from attn_dispatch.variants.choosing import choose_for
 from attn_dispatch.variants.pieces import shifted
 from attn_dispatch.variants.rows import concatenate, put
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
+from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan, refuse_fields
 
 __all__ = ["SplitKV", "SplitPlan"]
 
@@ -74,7 +73,7 @@ class SplitKV(Variant):
         last = replace(spec, returns_lse=True)
         part = replace(last, causal=False, sinks=False, writes_kv=False)
         scaled = k_scale != 1.0 or v_scale != 1.0
-        self.backend = choose_for("SplitKV", [last, part], backend, scaled=scaled)
+        self.backend = choose([last, part], backend, scaled=scaled, purpose="SplitKV")
         scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
         self._last = attention(last, self.backend, sinks=sinks, **scales)
         self._part = attention(part, self.backend, **scales)
@@ -124,25 +123,14 @@ class SplitKV(Variant):
             parts=most,
         )
 
-    def _attend(
-        self,
-        plan: VariantPlan,
-        queries: Sequence[Array],
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache,
-        out: Array | None,
-        return_lse: bool,
-    ) -> Any:
-        assert isinstance(plan, SplitPlan)
-        (q,), passes = queries, plan.groups[0].passes
-        states = [passes[0].attn.run(passes[0].plan, q, k, v, cache, return_lse=True)]
+    def _attend(self, call: VariantCall) -> Any:
+        plan, (q,), passes = call.plan, call.queries, call.plan.groups[0].passes
+        states = [passes[0].attn.run(passes[0].plan, q, call.k, call.v, call.cache, return_lse=True)]
         if plan.parts:
-            found, lse = passes[1].attn.run(
-                passes[1].plan, concatenate([q] * plan.parts, 0), None, None, cache, return_lse=True
-            )
+            rows = concatenate([q] * plan.parts, 0)
+            parts, lse = passes[1].attn.run(passes[1].plan, rows, None, None, call.cache, return_lse=True)
             tokens = plan.num_tokens
-            states += [(found[i : i + tokens], lse[i : i + tokens]) for i in range(0, plan.parts * tokens, tokens)]
+            states += [(parts[i : i + tokens], lse[i : i + tokens]) for i in range(0, plan.parts * tokens, tokens)]
         result, total = self.backend.merge_states(states)
-        result = result if out is None else put(out, None, result)
-        return (result, total) if return_lse else result
+        result = result if call.out is None else put(call.out, None, result)
+        return (result, total) if call.return_lse else result

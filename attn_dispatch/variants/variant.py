@@ -9,13 +9,15 @@ from typing import Any
 
 from attn_dispatch.attention import Attention
 from attn_dispatch.backend import Backend, Plan
-from attn_dispatch.contract import Array, AttentionSpec, KVCache
+from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
+from attn_dispatch.contract.array_checks import check_out
+from attn_dispatch.contract.arrays import library_of
 from attn_dispatch.contract.dtypes import dtype_name
 from attn_dispatch.errors import ArrayError, CacheError, PlanError, SpecError
 from attn_dispatch.variants.rows import Rows, new, put, take
 from attn_dispatch.variants.writing import Writer
 
-__all__ = ["Group", "Pass", "Variant", "VariantPlan", "attend", "refuse_fields"]
+__all__ = ["Group", "Pass", "Variant", "VariantCall", "VariantPlan", "attend", "check_plan", "refuse_fields"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +60,33 @@ class VariantPlan:
 
     spec: AttentionSpec
     num_tokens: int
-    groups: tuple[Group, ...]
+    groups: tuple[Group, ...] = ()
     write: Plan | None = None
     copies: tuple[Any, Any] | None = None
     highest_block: int = field(default=-1)
+
+
+@dataclass(slots=True, eq=False)
+class VariantCall:
+    """One run of a variant: made by `Variant.run`, handed down whole.
+
+    Attributes:
+        plan: the step.
+        queries: [T, H, D] each: a variant may have several forms of each token's query.
+        k: [T, K, D], or None when the step writes nothing.
+        v: [T, K, Dv], likewise.
+        cache: the layer's.
+        out: [T, H, Dv] to write into.
+        return_lse: f32[T, H] is wanted too.
+    """
+
+    plan: Any
+    queries: tuple[Array, ...]
+    k: Array | None
+    v: Array | None
+    cache: Any
+    out: Array | None = None
+    return_lse: bool = False
 
 
 def refuse_fields(what: str, spec: AttentionSpec, *names: str) -> None:
@@ -77,17 +102,13 @@ def refuse_fields(what: str, spec: AttentionSpec, *names: str) -> None:
             raise SpecError(f"{what}: {name}={found} has no meaning here; leave it at {expected}")
 
 
-def attend(
-    spec: AttentionSpec,
-    groups: Sequence[Group],
-    queries: Sequence[Array],
-    k: Array | None,
-    v: Array | None,
-    cache: KVCache,
-    out: Array | None,
-    return_lse: bool,
-) -> Any:
+def attend(spec: AttentionSpec, groups: Sequence[Group], call: VariantCall) -> Any:
     """Run every group's passes and merge what belongs together.
+
+    Args:
+        spec: shapes of the output.
+        groups: what is run.
+        call: with the queries, keys and values that the passes are given.
 
     Returns:
         out [T, H, Dv], or (out, lse f32[T, H]).
@@ -95,20 +116,21 @@ def attend(
     whole = groups[0]
     if len(groups) == 1 and len(whole.passes) == 1 and whole.rows is None:
         only = whole.passes[0]
-        new_kv = (k, v) if only.writes else (None, None)
-        return only.attn.run(only.plan, queries[only.query], *new_kv, cache, out, return_lse=return_lse)
-    q = queries[0]
-    result = out if out is not None else new(q, (q.shape[0], spec.num_heads, spec.value_head_size))
-    lse = new(q, (q.shape[0], spec.num_heads), "float32") if return_lse else None
+        new_kv = (call.k, call.v) if only.writes else (None, None)
+        query = call.queries[only.query]
+        return only.attn.run(only.plan, query, *new_kv, call.cache, call.out, return_lse=call.return_lse)
+    q = call.queries[0]
+    result = call.out if call.out is not None else new(q, (q.shape[0], spec.num_heads, spec.value_head_size))
+    lse = new(q, (q.shape[0], spec.num_heads), "float32") if call.return_lse else None
     for group in groups:
         merging = len(group.passes) > 1
+        wants_lse = merging or call.return_lse
         states = []
         for one in group.passes:
-            new_kv = (k, v) if one.writes else (None, None)
-            found = one.attn.run(
-                one.plan, take(queries[one.query], group.rows), *new_kv, cache, return_lse=merging or return_lse
-            )
-            states.append(found if merging or return_lse else (found, None))
+            new_kv = (call.k, call.v) if one.writes else (None, None)
+            rows = take(call.queries[one.query], group.rows)
+            state = one.attn.run(one.plan, rows, *new_kv, call.cache, return_lse=wants_lse)
+            states.append(state if wants_lse else (state, None))
         part, part_lse = group.passes[0].attn.backend.merge_states(states) if merging else states[0]
         result = put(result, group.rows, part)
         if lse is not None:
@@ -116,8 +138,23 @@ def attend(
     return result if lse is None else (result, lse)
 
 
+def check_plan(spec: AttentionSpec, plan: VariantPlan, num_blocks: int) -> None:
+    """Refuse another layer's plan, or one that reaches beyond a cache.
+
+    Raises:
+        PlanError, CacheError: nothing has been written.
+    """
+    if plan.spec != spec:
+        raise PlanError(f"the plan is for {plan.spec}; this layer is {spec}")
+    if plan.highest_block >= num_blocks:
+        raise CacheError(
+            f"block {plan.highest_block} is outside the cache, which has {num_blocks} blocks (0..{num_blocks - 1}); "
+            "nothing was written"
+        )
+
+
 class Variant(abc.ABC):
-    """A layer whose attention is several passes of one backend over one cache.
+    """A layer whose attention is passes of one backend over one cache: `allocate`, `plan` and `run` as a plain layer's.
 
     Attributes:
         spec: the layer as its user sees it: the shapes of q, k, v, the output and the cache.
@@ -129,17 +166,21 @@ class Variant(abc.ABC):
     _cache_attn: Attention  # whose layout the cache has
     _writer: Writer | None = None
 
-    def allocate(self, num_blocks: int, device: str | None = None) -> KVCache:
+    def allocate(self, num_blocks: int, device: str | None = None) -> Any:
         """Return a zeroed cache for one layer; see `Attention.allocate`."""
         return self._cache_attn.allocate(num_blocks, device)
+
+    @abc.abstractmethod
+    def plan(self, batch: AttentionMetadata) -> VariantPlan:
+        """Prepare a step, once for all the layers that are equal to this one."""
 
     def run(
         self,
         plan: VariantPlan,
-        q: Array,
+        q: Any,
         k: Array | None,
         v: Array | None,
-        cache: KVCache,
+        cache: Any,
         out: Array | None = None,
         *,
         return_lse: bool = False,
@@ -161,58 +202,36 @@ class Variant(abc.ABC):
         Raises:
             ArrayError, CacheError, PlanError: before anything has been written.
         """
-        return self._run(plan, (q,), k, v, cache, out, return_lse)
+        return self._run(VariantCall(plan, (q,), k, v, cache, out, return_lse))
 
-    def _run(
-        self,
-        plan: VariantPlan,
-        queries: Sequence[Array],
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache,
-        out: Array | None,
-        return_lse: bool,
-    ) -> Any:
-        self._check(plan, queries, cache, out)
+    def _run(self, call: VariantCall) -> Any:
+        plan = call.plan
+        self._check(call)
         if plan.write is not None:
             assert self._writer is not None
-            self._writer.write(plan.write, queries[0], k, v, cache)
+            self._writer.write(plan.write, call.queries[0], call.k, call.v, call.cache)
         if plan.copies is not None:
-            cache.copy_slots(*plan.copies)
-        return self._attend(plan, queries, k, v, cache, out, return_lse)
+            call.cache.copy_slots(*plan.copies)
+        return self._attend(call)
 
-    def _attend(
-        self,
-        plan: VariantPlan,
-        queries: Sequence[Array],
-        k: Array | None,
-        v: Array | None,
-        cache: KVCache,
-        out: Array | None,
-        return_lse: bool,
-    ) -> Any:
-        return attend(self.spec, plan.groups, queries, k, v, cache, out, return_lse)
+    def _attend(self, call: VariantCall) -> Any:
+        return attend(self.spec, call.plan.groups, call)
 
-    def _check(self, plan: VariantPlan, queries: Sequence[Array], cache: KVCache, out: Array | None) -> None:
+    def _check(self, call: VariantCall) -> None:
         """Refuse what a pass would refuse, while nothing has been written."""
-        spec = self.spec
-        if plan.spec != spec:
-            raise PlanError(f"the plan is for {plan.spec}; this layer is {spec}")
-        shapes = [("q", q, (plan.num_tokens, spec.num_heads, spec.head_size)) for q in queries]
-        if out is not None:
-            shapes.append(("out", out, (plan.num_tokens, spec.num_heads, spec.value_head_size)))
+        spec, tokens = self.spec, call.plan.num_tokens
+        check_plan(spec, call.plan, call.cache.num_blocks)
+        shapes = [("q", q, (tokens, spec.num_heads, spec.head_size)) for q in call.queries]
+        if call.out is not None:
+            shapes.append(("out", call.out, (tokens, spec.num_heads, spec.value_head_size)))
+            check_out(call.out, [("q", q) for q in call.queries], library_of(call.out))
         for name, array, shape in shapes:
             if tuple(array.shape) != shape or dtype_name(array.dtype) != spec.dtype:
                 raise ArrayError(
-                    f"{name} is {dtype_name(array.dtype)} {tuple(array.shape)}, this step needs {spec.dtype} {shape}"
+                    f"{name} is {dtype_name(array.dtype)} {tuple(array.shape)}, expected {spec.dtype} {shape}"
                 )
-        if cache.geometry != spec.geometry:
-            raise CacheError(f"the cache is {cache!r}; the layer needs {spec.geometry}")
-        if plan.highest_block >= cache.num_blocks:
-            raise CacheError(
-                f"block {plan.highest_block} is outside the cache, which has {cache.num_blocks} blocks "
-                f"(0..{cache.num_blocks - 1}); nothing was written"
-            )
+        if call.cache.geometry != spec.geometry:
+            raise CacheError(f"the cache is {call.cache!r}; the layer needs {spec.geometry}")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec}, backend={self.backend.name})"

@@ -263,3 +263,12 @@ def test_bad_steps_are_refused_before_anything_is_written() -> None:
 
 def good_batch() -> ad.AttentionMetadata:
     return ad.AttentionMetadata.build([1], [40], [[2, 1]], 32)
+
+
+def test_the_offsets_of_a_part_of_the_heads() -> None:
+    """Tensor parallelism: a rank has the stripes of its own heads, as the whole model has them."""
+    whole = LocalStride.per_head(1, 32, 16)
+    assert LocalStride.per_head(1, 32, 16, first=8, count=4).offsets == whole.offsets[8:12] == (17, 19, 21, 23)
+    assert LocalStride.per_head(1, 32, 16, first=12).offsets == whole.offsets[12:]
+    with pytest.raises(SpecError, match=r"heads 14\.\.17 are not among the model's 16"):
+        LocalStride.per_head(1, 32, 16, first=14, count=4)

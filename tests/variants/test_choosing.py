@@ -48,6 +48,51 @@ def test_arrays_of_any_library(backend: str, name: str) -> None:
     np.testing.assert_allclose(host(mine), host(theirs), rtol=1e-6, atol=1e-6)
 
 
+class Laid(ReferenceBackend):
+    """The reference over a cache in another layout."""
+
+    def __init__(self, layout: ad.CacheLayout) -> None:
+        super().__init__(f"laid/{layout.name}")
+        self._layout = layout
+
+    def layout(self, spec: ad.AttentionSpec) -> ad.CacheLayout:
+        return self._layout
+
+
+LAYOUTS = [
+    ad.HND,
+    ad.NHD,
+    ad.CacheLayout("joint", (("pages", "N B K 2 D"),)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_layout_computes_or_is_refused_before_anything_is_written(name: str, layout: ad.CacheLayout) -> None:
+    usual = VARIANTS[name]("reference")
+    try:
+        variant = VARIANTS[name](Laid(layout))
+    except BackendRefusedError as error:
+        assert name == "block-sparse per head"
+        assert layout.name in str(error)  # noqa: PT017
+        return
+    assert name != "block-sparse per head" or layout is ad.HND
+    scene = make_scene(variant.spec, (40, 90), (1, 5))
+    rows = np.concatenate(scene.q), scene.rows(scene.keys), scene.rows(scene.values)
+    results = []
+    for one in (variant, usual):
+        cache = one.allocate(scene.num_blocks)
+        out = np.zeros_like(rows[0])
+        assert one.run(one.plan(scene.batch()), *rows, cache, out) is out
+        results.append(out)
+    np.testing.assert_allclose(*results, rtol=1e-6, atol=1e-6)
+
+
+def test_a_named_backend_that_cannot_fold_heads_is_passed_over() -> None:
+    with pytest.raises(BackendRefusedError, match="pattern=one per head: layout NHD"):
+        BlockSparse(spec_of(), LocalStride(1, 2, (1, 2)), None, Laid(ad.NHD))
+
+
 def test_a_backend_that_was_named_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnknownBackendError):
         Cascade(spec_of(), "no/such")

@@ -103,7 +103,7 @@ def test_steps_of_many_tokens_compute_no_zeros() -> None:
     spec = spec_of()
     layer = Differential(spec, LAMBDA, LAMBDA_INIT, backend="reference")
     assert layer.form == "one"
-    one, two = (layer.plan(ad.AttentionMetadata.build([n], [20], [[0]], 32))[0].spec for n in (1, 20))
+    one, two = (layer.plan(ad.AttentionMetadata.build([n], [20], [[0]], 32)).plans[0].spec for n in (1, 20))
     assert (one, two) == (Differential.passes(spec, "one")[0], Differential.passes(spec, "two")[0])
     cache = layer.allocate(1)
     q, k = np.ones((20, 8, 32), np.float32), np.ones((20, 4, 32), np.float32)

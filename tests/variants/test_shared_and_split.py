@@ -273,7 +273,7 @@ def test_latent_refusals() -> None:
     layer = Latent(4, 32, 16, scale=1.0, dtype="float32", backend="reference")
     assert layer.values_are == "view", layer.note
     batch = ad.AttentionMetadata.build([1], [1], [[0]], 32)
-    with pytest.raises(ArrayError, match="rotary is missing"):
+    with pytest.raises(ArrayError, match="rotary_size=16 needs other arrays; found latent"):
         layer.run(
             layer.plan(batch), np.zeros((1, 4, 48), np.float32), np.zeros((1, 32), np.float32), None, layer.allocate(1)
         )

@@ -1,0 +1,1 @@
+"""A backend to copy: `paged` says what it is, `paged_call` computes."""
