@@ -72,8 +72,8 @@ def environment(job: Job, say: Say) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         # Without a pip of its own, which takes longer to install than all the rest: that of the packages does it.
         _run([interpreter(job.python), "-m", "venv", "--without-pip", str(folder)])
-        site = _site_packages(folder)
-        (site / "packages.pth").write_text(f"import site; site.addsitedir({str(_site_packages(packages))!r})\n")
+        site = site_packages(folder)
+        (site / "packages.pth").write_text(f"import site; site.addsitedir({str(site_packages(packages))!r})\n")
         pip = [str(python_of(packages)), "-m", "pip", "--python", str(python_of(folder)), "--disable-pip-version-check"]
         editable = [word for distribution in job.folders for word in ("-e", str(distribution))]
         _run([*pip, "install", "--quiet", "--no-deps", "--no-build-isolation", *editable])
@@ -139,7 +139,8 @@ def _install_torch(pip: list[str], pin: str, job: Job, say: Say) -> None:
     _run([*pip, "--no-cache-dir", pin])
 
 
-def _site_packages(folder: Path) -> Path:
+def site_packages(folder: Path) -> Path:
+    """Where an environment keeps its packages."""
     if os.name == "nt":
         return folder / "Lib" / "site-packages"
     return next((folder / "lib").glob("python3.*")) / "site-packages"

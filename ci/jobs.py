@@ -87,14 +87,18 @@ def _folder(name: str) -> Path:
 
 def _requirements(folder: Path, extras: tuple[str, ...]) -> list[str]:
     """The dependencies of a distribution with these extras; its own extras of extras resolved."""
-    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    tables = tomllib.loads((folder / "pyproject.toml").read_text())
+    project = tables["project"]
+    # The core's own are a part of what its metadata hook fills in.
+    hook = tables.get("tool", {}).get("hatch", {}).get("metadata", {}).get("hooks", {}).get("custom", {})
+    optional = project.get("optional-dependencies", hook.get("extras", {}))
     wanted, pending, seen = list(project.get("dependencies", [])), list(extras), set()
     while pending:
         extra = pending.pop()
         if extra in seen:
             continue
         seen.add(extra)
-        wanted += project.get("optional-dependencies", {})[extra]
+        wanted += optional[extra]
         pending += [
             e for w in wanted if w.startswith(f"{project['name']}[") for e in w.partition("[")[2][:-1].split(",")
         ]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attn_dispatch.registry import GROUP_PREFIX
-
 __all__ = ["Installable", "declared", "install_commands"]
 
 _CORE = Path(__file__).parents[1]
+# As in the registry, which imports NumPy: this file is run by itself when a wheel is built.
+GROUP_PREFIX = "attn_dispatch.backends."
 
 
 @dataclass(frozen=True)
