@@ -120,7 +120,7 @@ def test_the_core_names_no_platform_and_no_vendor_in_its_metadata() -> None:
     assert names(project["dependencies"]) == {"numpy", "ml_dtypes"}
     for extra, requirements in extras.items():
         assert not {name for name in names(requirements) if name.startswith("attn-dispatch-")}, extra
-    assert names(project["optional-dependencies"]["conformance"]) <= {"pytest", "hypothesis"}
+    assert names(extras["conformance"]) <= {"pytest", "hypothesis"}
 
 
 @pytest.mark.skipif(not PLATFORMS.exists(), reason="not run: an installed core has no platforms folder beside it")
