@@ -21,7 +21,6 @@ EXPECTED: dict[str, str] = {
     "attn_dispatch_cuda.flashinfer_step": "adapters",
     "attn_dispatch_cuda.xformers_step": "adapters",
     "attn_dispatch_rocm.step": "rocm",
-    "attn_dispatch_torch.step": "torch",
 }
 
 

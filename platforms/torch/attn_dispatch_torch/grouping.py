@@ -17,11 +17,11 @@ import numpy.typing as npt
 from attn_dispatch import AttentionSpec
 from attn_dispatch.contract import BatchView
 
-__all__ = ["FEW_TOKENS", "Fold", "Limits", "Long", "Tile", "group", "visible"]
+__all__ = ["DECODE_TOKENS", "DecodeGroup", "Limits", "Prefill", "QueryTile", "group", "visible"]
 
 I64 = npt.NDArray[np.int64]
 
-FEW_TOKENS = 16
+DECODE_TOKENS = 16
 """Steps of up to so many tokens are folded and batched; longer ones go alone."""
 
 _TILE_TOKENS = 512
@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
-class Fold:
+class DecodeGroup:
     """Sequences that one call attends for: G of them, n queries each.
 
     Attributes:
@@ -66,7 +66,7 @@ class Fold:
     masked: bool
 
 
-class Tile(NamedTuple):
+class QueryTile(NamedTuple):
     """Queries [a, b) of a sequence's new ones, and the gathered tokens [low, high) that they see some of.
 
     `anchor`: the position, in gathered tokens, of query b - 1. `masked`: not every query sees all. `causal`: what
@@ -83,7 +83,7 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Long:
+class Prefill:
     """One sequence of many queries.
 
     Attributes:
@@ -96,12 +96,12 @@ class Long:
     rows: slice
     table: I64 | None
     new: slice
-    tiles: tuple[Tile, ...]
+    tiles: tuple[QueryTile, ...]
 
 
 def group(
     spec: AttentionSpec, view: BatchView, limits: Limits, *, per_head: bool, square: bool, fresh: bool
-) -> tuple[list[Fold], list[Long]]:
+) -> tuple[list[DecodeGroup], list[Prefill]]:
     """Sort the sequences that attend to something into calls.
 
     Args:
@@ -114,17 +114,19 @@ def group(
     """
     lens, new = view.kv_lens.astype(np.int64), view.query_lens.astype(np.int64)
     alive = (lens > 0) & (new > 0)
-    few = alive & (new <= FEW_TOKENS) if view.side.has_blocks else np.zeros(len(lens), np.bool_)
-    folds: list[Fold] = []
+    few = alive & (new <= DECODE_TOKENS) if view.side.has_blocks else np.zeros(len(lens), np.bool_)
+    decodes: list[DecodeGroup] = []
     if few.any():
         for n in np.unique(new[few]).tolist():
-            folds += _folds(spec, view, np.flatnonzero(few & (new == n)), n, limits)
+            decodes += _decode_groups(spec, view, np.flatnonzero(few & (new == n)), n, limits)
     whole = _written_whole(view) if fresh else np.zeros(len(lens), np.bool_)
-    longs = [
-        _long(spec, view, int(s), per_head=per_head, square=square, direct=not view.side.has_blocks or bool(whole[s]))
-        for s in np.flatnonzero(alive & ~few)
+    prefills = [
+        _prefill(
+            spec, view, int(s), per_head=per_head, square=square, direct=not view.side.has_blocks or bool(whole[s])
+        )
+        for s in np.flatnonzero(alive & ~few).tolist()
     ]
-    return folds, longs
+    return decodes, prefills
 
 
 def visible(
@@ -141,7 +143,9 @@ def visible(
     return seen
 
 
-def _folds(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], n: int, limits: Limits) -> list[Fold]:
+def _decode_groups(
+    spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], n: int, limits: Limits
+) -> list[DecodeGroup]:
     size, left = view.side.block_size, spec.window[0]
     lens = view.kv_lens[members].astype(np.int64)
     first = np.maximum(lens - n - left, 0) // size if left >= 0 else np.zeros_like(lens)
@@ -151,9 +155,9 @@ def _folds(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], 
     room, spare = max(limits.chunk_bytes // block_bytes, 1), limits.call_bytes // block_bytes
     most = int(used.max())
     if most * len(members) <= room and most * len(members) - int(used.sum()) <= spare:
-        return [_fold(spec, view, members, first, used, n)]
+        return [_decode_group(spec, view, members, first, used, n)]
     order = np.argsort(used, kind="stable")
-    found, start = [], 0
+    groups, start = [], 0
     counts = used[order].tolist()
     for i in range(1, len(counts) + 1):
         closed = i == len(counts)
@@ -162,12 +166,14 @@ def _folds(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], 
             closed = taller > spare or (i + 1 - start) * counts[i] > room
         if closed:
             part = np.sort(order[start:i])
-            found.append(_fold(spec, view, members[part], first[part], used[part], n))
+            groups.append(_decode_group(spec, view, members[part], first[part], used[part], n))
             start = i
-    return found
+    return groups
 
 
-def _fold(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], first: I64, used: I64, n: int) -> Fold:
+def _decode_group(
+    spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], first: I64, used: I64, n: int
+) -> DecodeGroup:
     size, tables = view.side.block_size, view.side.table
     column = np.arange(int(used.max()))
     at = first[:, None] + np.where(column < used[:, None], column, 0)
@@ -186,11 +192,11 @@ def _fold(spec: AttentionSpec, view: BatchView, members: npt.NDArray[np.intp], f
     masked = not alike or (n > 1 and (spec.causal or spec.has_window))
     begin, end = (int(begins[0]), int(ends[0])) if alike else (0, len(column) * size)
     table = tables[members[:, None], at].astype(np.int64)
-    return Fold(rows, n, table, used, ends, begin, end, masked)
+    return DecodeGroup(rows, n, table, used, ends, begin, end, masked)
 
 
 def _written_whole(view: BatchView) -> npt.NDArray[np.bool_]:
-    """Return which sequences have all of their tokens in this step, none of them with slot -1."""
+    """Return which sequences have all of their tokens in this launch, none of them with slot -1."""
     new = np.diff(view.new_start_loc)
     whole: npt.NDArray[np.bool_] = (new == view.kv_lens) & (new > 0)
     if not view.side.writes_all:
@@ -199,7 +205,7 @@ def _written_whole(view: BatchView) -> npt.NDArray[np.bool_]:
     return whole
 
 
-def _long(spec: AttentionSpec, view: BatchView, s: int, *, per_head: bool, square: bool, direct: bool) -> Long:
+def _prefill(spec: AttentionSpec, view: BatchView, s: int, *, per_head: bool, square: bool, direct: bool) -> Prefill:
     start, stop = view.query_start_loc[s : s + 2].tolist()
     n, length = stop - start, int(view.kv_lens[s])
     before = length - n
@@ -219,14 +225,14 @@ def _long(spec: AttentionSpec, view: BatchView, s: int, *, per_head: bool, squar
         size = view.side.block_size
         last = max(tile.high for tile in tiles) + first
         table = view.side.table[s, first // size : -(-last // size)].astype(np.int64)
-    return Long(slice(start, stop), table, slice(*view.new_start_loc[s : s + 2].tolist()), tiles)
+    return Prefill(slice(start, stop), table, slice(*view.new_start_loc[s : s + 2].tolist()), tiles)
 
 
-def _tiles(n: int, before: int, length: int, left: int, right: int, heads: int, square: bool) -> list[Tile]:
+def _tiles(n: int, before: int, length: int, left: int, right: int, heads: int, square: bool) -> list[QueryTile]:
     if left < 0 and right < 0 and (heads == 1 or n * length * heads <= _TILE_ELEMENTS):
-        return [Tile(0, n, 0, length, length - 1, False, False)]
+        return [QueryTile(0, n, 0, length, length - 1, False, False)]
     if square and left < 0 and right == 0 and before == 0:
-        return [Tile(0, n, 0, n, n - 1, False, True)]
+        return [QueryTile(0, n, 0, n, n - 1, False, True)]
     reach = length if left < 0 else min(length, left + max(right, 0) + _TILE_TOKENS)
     tokens = min(max(_TILE_ELEMENTS // (heads * reach), 16), _TILE_TOKENS)
     tiles = []
@@ -236,5 +242,5 @@ def _tiles(n: int, before: int, length: int, left: int, right: int, heads: int, 
         high = min(before + b + right, length) if right >= 0 else length
         # Only one query, or none of whom sees beyond what all see.
         masked = (left >= 0 and before + b - 1 - left > low) or (right >= 0 and before + a + 1 + right < high)
-        tiles.append(Tile(a, b, low, high, before + b - 1, masked, False))
+        tiles.append(QueryTile(a, b, low, high, before + b - 1, masked, False))
     return tiles

@@ -45,14 +45,14 @@ import numpy as np
 import torch
 
 from attn_dispatch import AttentionMetadata, AttentionSpec
+from attn_dispatch.adapters.torch.plan import DevicePlan
 from attn_dispatch.contract import BatchView
 from attn_dispatch.contract.dtypes import dtype_name, is_quantised
 from attn_dispatch.errors import ArrayError, SpecError
 
-from .attend import Owned, attend
-from .plan import SdpaPlan
-from .step import step_on
-from .store import Store
+from .gathering import CacheRows
+from .launch_plan import LaunchPlan, SdpaBatch
+from .sdpa_call import LayerInputs, attend
 
 __all__ = ["NAMESPACE", "paged_attention", "paged_attention_lse", "ragged_attention", "ragged_attention_lse"]
 
@@ -76,11 +76,11 @@ _RAGGED = (
 )
 
 _PLANS_KEPT = 16
-_plans: OrderedDict[Any, SdpaPlan] = OrderedDict()
+_plans: OrderedDict[Any, DevicePlan] = OrderedDict()
 _lock = threading.Lock()
 
 
-def _plan(spec: AttentionSpec, make: Callable[..., BatchView], *batch: torch.Tensor | None) -> SdpaPlan:
+def _plan(spec: AttentionSpec, make: Callable[..., BatchView], *batch: torch.Tensor | None) -> DevicePlan:
     """Return the plan of a step, made once for all layers that are called with the same numbers.
 
     By their contents: a tensor whose memory is filled anew for each step is not the same batch.
@@ -88,18 +88,26 @@ def _plan(spec: AttentionSpec, make: Callable[..., BatchView], *batch: torch.Ten
     host = [None if t is None else t.numpy() for t in batch]
     key = (spec, make, *(None if array is None else (array.shape, array.tobytes()) for array in host))
     with _lock:
-        found = _plans.get(key)
-        if found is not None:
+        plan = _plans.get(key)
+        if plan is not None:
             _plans.move_to_end(key)
-            return found
+            return plan
     # A copy: the caller's memory may change while the plan is kept.
     view = make(spec, *(None if array is None else array.copy() for array in host))
-    found = SdpaPlan(spec=spec, view=view)
+    plan = DevicePlan(spec=spec, view=view)
     with _lock:
-        _plans[key] = found
+        _plans[key] = plan
         while len(_plans) > _PLANS_KEPT:
             _plans.popitem(last=False)
-    return found
+    return plan
+
+
+def _launch(plan: DevicePlan, device: torch.device, return_lse: bool) -> LaunchPlan:
+    batch = plan.batches.get((device, True))
+    if batch is None:
+        batch = plan.batches[device, True] = SdpaBatch(plan.spec, plan.view, device)
+    launch: LaunchPlan = batch.launch(return_lse)
+    return launch
 
 
 def _paged_view(
@@ -171,9 +179,8 @@ def _paged(
     plan = _plan(spec, _paged_view, query_start_loc, seq_lens, block_table, slot_mapping, key_start_loc)
     _check(plan, q, k, v, key_cache, value_cache)
     plan.view.side.check_fits(key_cache.shape[0])
-    owned = _owned(spec, alibi_slopes, sinks, k_scale, v_scale, q.device)
-    step = step_on(plan, q.device, lse)
-    return attend(step, q, k, v, Store(key_cache, value_cache), owned, return_lse=lse)
+    layer = _layer_inputs(spec, alibi_slopes, sinks, k_scale, v_scale, q.device)
+    return attend(_launch(plan, q.device, lse), q, k, v, CacheRows(key_cache, value_cache), layer, return_lse=lse)
 
 
 def _ragged(
@@ -209,16 +216,16 @@ def _ragged(
     )
     plan = _plan(spec, _ragged_view, query_start_loc, key_start_loc)
     _check(plan, q, k, v)
-    owned = _owned(spec, alibi_slopes, sinks, 1.0, 1.0, q.device)
-    return attend(step_on(plan, q.device, lse), q, k, v, None, owned, return_lse=lse)
+    layer = _layer_inputs(spec, alibi_slopes, sinks, 1.0, 1.0, q.device)
+    return attend(_launch(plan, q.device, lse), q, k, v, None, layer, return_lse=lse)
 
 
 def _check(
-    plan: SdpaPlan, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, *caches: torch.Tensor
+    plan: DevicePlan, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, *caches: torch.Tensor
 ) -> None:
     spec = plan.spec
     if (k is None) != (v is None):
-        raise ArrayError("k and v come together: one of them is None")
+        raise ArrayError("k and v must both be given: one of them is None")
     for name, array, shape in (
         ("q", q, (plan.num_tokens, spec.num_heads, spec.head_size)),
         ("k", k, (plan.num_new, spec.num_kv_heads, spec.head_size)),
@@ -238,14 +245,14 @@ def _check(
         raise ArrayError(f"q, k, v and the cache lie on {', '.join(sorted(devices))}: they must be on one device")
 
 
-def _owned(
+def _layer_inputs(
     spec: AttentionSpec,
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     k_scale: float,
     v_scale: float,
     device: torch.device,
-) -> Owned:
+) -> LayerInputs:
     for name, array in (("alibi_slopes", slopes), ("sinks", sinks)):
         if array is not None and tuple(array.shape) != (spec.num_heads,):
             raise ArrayError(
@@ -254,13 +261,13 @@ def _owned(
     scaled = k_scale != 1 or v_scale != 1
     if scaled and not is_quantised(spec.kv_cache_dtype):
         raise SpecError(f"k_scale={k_scale}, v_scale={v_scale} belong to a quantised cache, not {spec.kv_cache_dtype}")
-    return Owned(
+    return LayerInputs(
         slopes=None if slopes is None else slopes.to(device, torch.float32),
         sinks=None if sinks is None else sinks.to(device, torch.float32),
         k_scale=k_scale,
         v_scale=v_scale,
-        k_scale_there=torch.tensor(k_scale, dtype=torch.float32, device=device) if scaled else None,
-        v_scale_there=torch.tensor(v_scale, dtype=torch.float32, device=device) if scaled else None,
+        k_scale_dev=torch.tensor(k_scale, dtype=torch.float32, device=device) if scaled else None,
+        v_scale_dev=torch.tensor(v_scale, dtype=torch.float32, device=device) if scaled else None,
     )
 
 

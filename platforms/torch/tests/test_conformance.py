@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attn_dispatch.conformance import BackendConformance
-from attn_dispatch_torch.plan import SdpaPlan
+from attn_dispatch_torch.launch_plan import SdpaBatch
 from attn_dispatch_torch.sdpa import SdpaBackend
-from attn_dispatch_torch.step import Step, make_step
 
 
 class TestSdpa(BackendConformance):
@@ -17,9 +16,8 @@ class TestSdpa(BackendConformance):
 class Portable(SdpaBackend):
     """Takes the path of CUDA, ROCm, XPU and MPS: `scaled_dot_product_attention`, boolean masks, no scratch memory."""
 
-    def _step_on(self, plan: SdpaPlan, device: Any, return_lse: bool) -> Step:
-        step = make_step(plan.spec, plan.view, device, return_lse or plan.spec.sinks, cpu=False)
-        return plan.steps.setdefault((device, return_lse), step)
+    def device_batch(self, plan: Any, device: Any, *, paged: bool) -> SdpaBatch:
+        return SdpaBatch(plan.spec, plan.view, device, cpu=False)
 
 
 class TestPortable(BackendConformance):

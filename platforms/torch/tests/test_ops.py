@@ -24,10 +24,10 @@ def step(seed: int = 0, blocks: int = 9) -> dict[str, Any]:
         "v": torch.randn(4, K, D),
         "key_cache": torch.randn(blocks, K, B, D),
         "value_cache": torch.randn(blocks, K, B, D),
-        "query_start_loc": torch.from_numpy(batch.query_start_loc),
-        "seq_lens": torch.from_numpy(batch.seq_lens),
+        "query_start_loc": torch.from_numpy(batch.query_start_loc.copy()),
+        "seq_lens": torch.from_numpy(batch.seq_lens.copy()),
         "block_table": torch.from_numpy(batch.block_table.copy()),
-        "slot_mapping": torch.from_numpy(batch.slot_mapping),
+        "slot_mapping": torch.from_numpy(batch.slot_mapping.copy()),
         "scale": D**-0.5,
     }
 

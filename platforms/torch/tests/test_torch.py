@@ -116,11 +116,12 @@ def test_a_plan_copies_its_indices_once() -> None:
     plan = attn.plan(ad.AttentionMetadata.build([1], [40], [[0, 1]]))
     x = [torch.randn(1, heads, 32) for heads in (6, 2, 2)]
     attn.run(plan, *x, cache)
-    prepared = dict(plan.steps)
+    (batch,) = plan.batches.values()
+    launch = batch.launch(False)
     attn.run(plan, *x, cache)
     attn.run(plan, *x, cache, return_lse=True)
-    assert plan.steps == prepared
-    assert len({id(step) for step in prepared.values()}) == 1
+    assert list(plan.batches.values()) == [batch]
+    assert batch.launch(False) is batch.launch(True) is launch
 
 
 def test_tensors_that_want_a_gradient_are_no_part_of_the_cache() -> None:

@@ -12,35 +12,44 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .step import FoldStep, LongStep, Step, TileStep
-from .store import Store, gather
+from attn_dispatch.adapters.torch.layer_tensors import LayerTensors
 
-__all__ = ["Owned", "attend"]
+from .gathering import CacheRows, gather
+from .launch_plan import DecodeLaunch, LaunchPlan, PrefillLaunch, TileLaunch
 
-_flash_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+__all__ = ["LayerInputs", "attend"]
 
 
-class Owned(NamedTuple):
-    """What a layer owns, on its device: f32[H] slopes and sinks, and the scales of a quantised cache."""
+class LayerInputs(NamedTuple):
+    """Tensors of one layer on its device: f32[H] slopes and sinks, and the scales of a quantised cache (None for 1)."""
 
     slopes: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
-    k_scale_there: torch.Tensor | None = None
-    v_scale_there: torch.Tensor | None = None
+    k_scale_dev: torch.Tensor | None = None
+    v_scale_dev: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, layer: LayerTensors) -> LayerInputs:
+        """Return a layer's tensors, without scales that are 1."""
+        k_scale, v_scale = (
+            None if scale == 1 else tensor
+            for scale, tensor in ((layer.k_scale, layer.k_scale_dev), (layer.v_scale, layer.v_scale_dev))
+        )
+        return cls(layer.slopes, layer.sinks, layer.k_scale, layer.v_scale, k_scale, v_scale)
 
 
-NOTHING_OWNED = Owned()
+_NO_TENSORS = LayerInputs()
 
 
 def attend(
-    step: Step,
+    launch: LaunchPlan,
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    store: Store | None,
-    owned: Owned = NOTHING_OWNED,
+    cache: CacheRows | None,
+    layer: LayerInputs = _NO_TENSORS,
     out: torch.Tensor | None = None,
     *,
     return_lse: bool = False,
@@ -48,42 +57,42 @@ def attend(
     """Write the new keys and values, then attend.
 
     Args:
-        step: the batch, on q's device.
+        launch: the batch, on q's device.
         q: [T, H, D].
         k: [rows, K, D].
         v: [rows, K, Dv].
-        store: the cache (None: attend to k and v).
-        owned: the layer's own.
+        cache: None: attend to k and v.
+        layer: slopes, sinks and scales.
         out: [T, H, Dv] to write into.
         return_lse: also return f32[T, H].
     """
-    if store is not None and k is not None and v is not None and step.write_rows is not None:
-        store.key.write(step, k, owned.k_scale_there)
-        store.value.write(step, v, owned.v_scale_there)
-    if store is None:
-        owned = owned._replace(k_scale=1.0, v_scale=1.0)  # they belong to what is stored
-    wants_lse = return_lse or owned.sinks is not None
-    if step.alone and out is None:
-        result, lse = _attend_fold(step, step.folds[0], q, store, owned, wants_lse)
+    if cache is not None and k is not None and v is not None and launch.write_rows is not None:
+        cache.key.write(launch, k, layer.k_scale_dev)
+        cache.value.write(launch, v, layer.v_scale_dev)
+    if cache is None:
+        layer = layer._replace(k_scale=1.0, v_scale=1.0)  # they belong to what is stored
+    wants_lse = return_lse or layer.sinks is not None
+    if launch.single_group and out is None:
+        result, lse = _attend_decodes(launch, launch.decodes[0], q, cache, layer, wants_lse)
         return (result, lse) if return_lse else result
-    spec = step.spec
+    spec = launch.spec
     if out is None:
-        out = q.new_empty((step.num_tokens, spec.num_heads, spec.value_head_size))
-    lses = q.new_empty((step.num_tokens, spec.num_heads), dtype=torch.float32) if return_lse else None
-    for fold in step.folds:
-        rows = fold.rows
+        out = q.new_empty((launch.num_tokens, spec.num_heads, spec.value_head_size))
+    lses = q.new_empty((launch.num_tokens, spec.num_heads), dtype=torch.float32) if return_lse else None
+    for decode in launch.decodes:
+        rows = decode.rows
         picked = q[rows] if isinstance(rows, slice) else q.index_select(0, rows)
-        result, lse = _attend_fold(step, fold, picked, store, owned, wants_lse)
+        result, lse = _attend_decodes(launch, decode, picked, cache, layer, wants_lse)
         _put(out, rows, result)
         if lses is not None and lse is not None:
             _put(lses, rows, lse)
-    for long in step.longs:
-        _attend_long(step, long, q, k, v, store, owned, out, lses)
-    for rows in step.nothing:
+    for prefill in launch.prefills:
+        _attend_prefill(launch, prefill, q, k, v, cache, layer, out, lses)
+    for rows in launch.rows_without_keys:
         out[rows] = 0
         if lses is not None:
             # The sum of what such a row attends to is its sink alone.
-            lses[rows] = -torch.inf if owned.sinks is None else owned.sinks
+            lses[rows] = -torch.inf if layer.sinks is None else layer.sinks
     return out if lses is None else (out, lses)
 
 
@@ -94,57 +103,62 @@ def _put(target: torch.Tensor, rows: slice | torch.Tensor, values: torch.Tensor)
         target.index_copy_(0, rows, values)
 
 
-def _attend_fold(
-    step: Step, fold: FoldStep, q: torch.Tensor, store: Store | None, owned: Owned, return_lse: bool
+def _attend_decodes(
+    launch: LaunchPlan,
+    decode: DecodeLaunch,
+    q: torch.Tensor,
+    cache: CacheRows | None,
+    layer: LayerInputs,
+    return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend for q [G * n, H, D]; return [G * n, H, Dv] in q's type, and f32[G * n, H]."""
-    spec, size, n = step.spec, fold.size, fold.queries
+    spec, size, n = launch.spec, decode.size, decode.queries
     heads, group = spec.num_kv_heads, spec.group_size
-    assert store is not None
-    key, value = gather(step, fold, store)
+    assert cache is not None
+    key, value = gather(launch, decode, cache)
     if n > 1:
         q = q.reshape(size, n, heads, group, -1).transpose(1, 2)
-    bias = fold.mask
-    if fold.distance is not None:
-        assert owned.slopes is not None
-        slopes = owned.slopes.view(1, heads, 1, group, 1)
-        far = (fold.distance * -slopes).view(size, heads, n * group, -1)
-        bias = far if bias is None else far.add_(bias)
-    result, lse = _softmax(step, q.reshape(*fold.shape, n * group, -1), key, value, bias, False, owned, return_lse)
+    bias = decode.mask
+    if decode.distance is not None:
+        assert layer.slopes is not None
+        slopes = layer.slopes.view(1, heads, 1, group, 1)
+        distance = (decode.distance * -slopes).view(size, heads, n * group, -1)
+        bias = distance if bias is None else distance.add_(bias)
+    result, lse = _softmax(launch, q.reshape(*decode.shape, n * group, -1), key, value, bias, False, layer, return_lse)
     if n > 1:
         result = result.view(size, heads, n, group, -1).transpose(1, 2)
         lse = None if lse is None else lse.view(size, heads, n, group).transpose(1, 2)
     result = result.reshape(size * n, spec.num_heads, -1)
     lse = None if lse is None else lse.reshape(size * n, spec.num_heads)
-    return _finish(result, lse, q.dtype, owned)
+    return _finish(result, lse, q.dtype, layer)
 
 
-def _attend_long(
-    step: Step,
-    long: LongStep,
+def _attend_prefill(
+    launch: LaunchPlan,
+    prefill: PrefillLaunch,
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
-    store: Store | None,
-    owned: Owned,
+    cache: CacheRows | None,
+    layer: LayerInputs,
     out: torch.Tensor,
     lses: torch.Tensor | None,
 ) -> None:
     """Attend for one sequence, tile by tile, into out [T, H, Dv] and lses f32[T, H]."""
-    spec = step.spec
+    spec = launch.spec
     heads = spec.num_kv_heads
-    if long.index is None:
+    if prefill.index is None:
         assert k is not None
         assert v is not None
-        key, value = (_dense(x[long.new].to(step.compute).transpose(0, 1)) for x in (k, v))
+        key, value = (_dense(x[prefill.new].to(launch.compute).transpose(0, 1)) for x in (k, v))
     else:
-        assert store is not None
-        key, value = gather(step, long, store)
-    wants_lse = lses is not None or owned.sinks is not None
-    for tile in long.tiles:
+        assert cache is not None
+        key, value = gather(launch, prefill, cache)
+    wants_lse = lses is not None or layer.sinks is not None
+    for tile in prefill.tiles:
         rows = q[tile.rows]
         part_k, part_v = key[:, tile.low : tile.high], value[:, tile.low : tile.high]
-        if step.cpu and not step.plain:
+        if launch.cpu and not launch.materialise_scores:
             # The CPU kernel knows grouped heads: [1, H, t, D] on [1, K, w, D].
             queries = rows.transpose(0, 1)[None]
             part_k, part_v = part_k[None], part_v[None]
@@ -152,53 +166,53 @@ def _attend_long(
             # [K, g, t, D] on [K, g, w, D]: the group is an axis along which keys and values do not move.
             queries = rows.view(-1, heads, spec.group_size, spec.head_size).permute(1, 2, 0, 3)
             part_k, part_v = part_k[:, None], part_v[:, None]
-        bias = _tile_bias(tile, queries, owned)
-        result, lse = _softmax(step, queries, part_k, part_v, bias, tile.causal, owned, wants_lse)
+        bias = _tile_bias(tile, queries, layer)
+        result, lse = _softmax(launch, queries, part_k, part_v, bias, tile.causal, layer, wants_lse)
         result = result.flatten(0, 1).transpose(0, 1)
         lse = None if lse is None else lse.flatten(0, 1).transpose(0, 1)
-        result, lse = _finish(result, lse, q.dtype, owned)
+        result, lse = _finish(result, lse, q.dtype, layer)
         out[tile.rows] = result
         if lses is not None:
             lses[tile.rows] = lse
 
 
-def _tile_bias(tile: TileStep, queries: torch.Tensor, owned: Owned) -> torch.Tensor | None:
+def _tile_bias(tile: TileLaunch, queries: torch.Tensor, layer: LayerInputs) -> torch.Tensor | None:
     mask = None if tile.mask is None else tile.mask[None, None]
     if tile.distance is None:
         return mask
-    assert owned.slopes is not None
-    far = tile.distance * -owned.slopes.view(*queries.shape[:2], 1, 1)
-    return far if mask is None else far.add_(mask)
+    assert layer.slopes is not None
+    distance = tile.distance * -layer.slopes.view(*queries.shape[:2], 1, 1)
+    return distance if mask is None else distance.add_(mask)
 
 
 def _softmax(
-    step: Step,
+    launch: LaunchPlan,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     bias: torch.Tensor | None,
     causal: bool,
-    owned: Owned,
+    layer: LayerInputs,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return softmax(scores) v [b, h, t, Dv] and their LSE [b, h, t], sinks and the values' scale left out.
 
     Args:
-        step: says which kernel, and the scale.
+        launch: says which kernel, and the scale.
         q: [b, h, t, D].
         k: [b, h or fewer, w, D], of the type that is computed with.
         v: [b, h or fewer, w, Dv].
         bias: broadcasts to [b, h, t, w]: what is added to the scores, or (other devices' fused kernels) who sees whom.
         causal: a lower triangle; t == w.
-        owned: the layer's own.
+        layer: slopes, sinks and scales.
         return_lse: the LSE is wanted.
     """
-    spec = step.spec
+    spec = launch.spec
     q = q.to(k.dtype)
-    scale = spec.scale * owned.k_scale
-    if step.plain:
-        return _plain(q, k, v, bias, scale, spec.logits_soft_cap)
-    if not step.cpu:
+    scale = spec.scale * layer.k_scale
+    if launch.materialise_scores:
+        return _materialised(q, k, v, bias, scale, spec.logits_soft_cap)
+    if not launch.cpu:
         if k.shape[1] != q.shape[1]:
             k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale), None
@@ -208,7 +222,9 @@ def _softmax(
         q, k = F.pad(q, (0, value_width - width)), F.pad(k, (0, value_width - width))
     elif value_width < width:
         v = F.pad(v, (0, width - value_width))
-    out, lse = _flash_cpu(_dense(q), k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        _dense(q), k, v, 0.0, causal, attn_mask=bias, scale=scale
+    )
     if value_width < width:
         out = out[..., :value_width]
     return out, lse if return_lse else None
@@ -219,7 +235,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _plain(
+def _materialised(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, cap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the same, written out, with one matrix product for all the queries of a key/value head."""
@@ -241,16 +257,16 @@ def _plain(
 
 
 def _finish(
-    result: torch.Tensor, lse: torch.Tensor | None, dtype: torch.dtype, owned: Owned
+    result: torch.Tensor, lse: torch.Tensor | None, dtype: torch.dtype, layer: LayerInputs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Apply to [rows, H, Dv] and [rows, H] what comes after the softmax: sinks, the values' scale, the type."""
-    if owned.v_scale != 1.0:
-        result = result * owned.v_scale
-    if owned.sinks is not None:
+    if layer.v_scale != 1.0:
+        result = result * layer.v_scale
+    if layer.sinks is not None:
         assert lse is not None
         # A sink takes its share of the softmax and gives nothing: the rest shrinks by what it takes.
-        result = result * torch.sigmoid(lse - owned.sinks).unsqueeze(-1).to(result.dtype)
-        lse = torch.logaddexp(lse, owned.sinks.to(lse.dtype))
+        result = result * torch.sigmoid(lse - layer.sinks).unsqueeze(-1).to(result.dtype)
+        lse = torch.logaddexp(lse, layer.sinks.to(lse.dtype))
     if lse is not None:
         lse = lse.float()
     return result.to(dtype), lse

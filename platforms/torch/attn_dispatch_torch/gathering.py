@@ -9,18 +9,16 @@ from threading import get_ident
 
 import torch
 
-from attn_dispatch.contract.dtypes import FINITE_MAX
+from attn_dispatch.adapters.torch.cache_tensors import FP8, as_bytes, round_to
 from attn_dispatch.errors import CacheError
 
-from .step import FoldStep, LongStep, Step
+from .launch_plan import DecodeLaunch, LaunchPlan, PrefillLaunch
 
-__all__ = ["Side", "Store", "gather"]
-
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+__all__ = ["CacheRows", "TokenRows", "gather"]
 
 
-class Side:
-    """The keys, or the values, of one cache: [N, K, B, D] seen as rows.
+class TokenRows:
+    """The keys, or the values, of one cache: [N, K, B, D] as rows.
 
     Attributes:
         dtype: what is stored.
@@ -36,39 +34,26 @@ class Side:
             raise CacheError(f"the cache's {name} array has strides {array.stride()}: rows of it cannot be indexed")
         self.dtype: torch.dtype = array.dtype
         self.block_size, self.width = array.shape[2:]
-        plain = array.view(torch.uint8) if array.dtype in _FP8 else array
-        self.tokens: torch.Tensor = plain.view(-1, self.width)
-        self.blocks: torch.Tensor = plain.view(-1, self.block_size * self.width)
+        elements = as_bytes(array)
+        self.tokens: torch.Tensor = elements.view(-1, self.width)
+        self.blocks: torch.Tensor = elements.view(-1, self.block_size * self.width)
 
-    def write(self, step: Step, new: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Store rows [rows, K, D] in the step's slots: round(x / scale), saturated, where the type is quantised."""
-        if step.written is not None:
-            new = new.index_select(0, step.written)
+    def write(self, launch: LaunchPlan, new: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """CacheRows rows [rows, K, D] in the step's slots: round(x / scale), saturated, where the type is quantised."""
+        if launch.written is not None:
+            new = new.index_select(0, launch.written)
         if new.dtype != self.dtype:
-            new = self._narrowed(new, scale)
-        self.tokens.index_copy_(0, step.write_rows, new.reshape(-1, self.width))
-
-    def _narrowed(self, new: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        limit = FINITE_MAX.get(str(self.dtype).removeprefix("torch."))
-        if limit is None:
-            return new.to(self.dtype)
-        wide = new.float()
-        if scale is not None:
-            # By a tensor: some devices divide by a number as a product with its reciprocal, which rounds otherwise.
-            wide = wide / scale
-        wide = wide.clamp(-limit, limit)
-        if self.dtype == torch.int8:
-            return wide.round_().to(self.dtype)
-        return wide.to(self.dtype).view(torch.uint8)
+            new = as_bytes(round_to(new, self.dtype, scale))
+        self.tokens.index_copy_(0, launch.write_rows, new.reshape(-1, self.width))
 
 
-class Store:
-    """A cache, bound: the two sides of it, and where they are."""
+class CacheRows:
+    """A cache's keys and values as rows, and where they are."""
 
     __slots__ = ("device", "key", "value")
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.key, self.value = Side("key", key), Side("value", value)
+        self.key, self.value = TokenRows("key", key), TokenRows("value", value)
         self.device: torch.device = key.device
 
 
@@ -94,7 +79,7 @@ class _Gathered:
 
     __slots__ = ("picked", "result", "tokens", "widen")
 
-    def __init__(self, role: str, side: Side, call: FoldStep | LongStep, compute: torch.dtype) -> None:
+    def __init__(self, role: str, side: TokenRows, call: DecodeLaunch | PrefillLaunch, compute: torch.dtype) -> None:
         rows = len(call.index)  # type: ignore[arg-type]  # a call that gathers has one
         elements = rows * side.blocks.shape[1]
         # One element more: bytes are widened in pairs.
@@ -102,7 +87,7 @@ class _Gathered:
         self.picked: torch.Tensor = whole[:elements].view(rows, -1)
         self.widen: Callable[[], object] | None = None
         result = whole
-        if side.dtype in _FP8:
+        if side.dtype in FP8:
             result = _scratch.take(role + " wide", whole.numel(), compute)
             self.widen = _pair_lookup(whole, result, side.dtype, role)
         elif side.dtype != compute:
@@ -111,7 +96,7 @@ class _Gathered:
         self.tokens: torch.Tensor = result[:elements].view(-1, side.width)
         self.result: torch.Tensor = _shaped(self.tokens, call)
 
-    def fill(self, side: Side, call: FoldStep | LongStep) -> torch.Tensor:
+    def fill(self, side: TokenRows, call: DecodeLaunch | PrefillLaunch) -> torch.Tensor:
         torch.index_select(side.blocks, 0, call.index, out=self.picked)
         if self.widen is not None:
             self.widen()
@@ -120,7 +105,7 @@ class _Gathered:
         return self.result
 
 
-def _shaped(tokens: torch.Tensor, call: FoldStep | LongStep) -> torch.Tensor:
+def _shaped(tokens: torch.Tensor, call: DecodeLaunch | PrefillLaunch) -> torch.Tensor:
     """Return gathered tokens [rows * B, D] as a call wants them: [*shape, L, D]."""
     shaped = tokens.view(*call.shape, -1, tokens.shape[-1])
     return shaped if call.end is None else shaped[..., call.begin : call.end, :]
@@ -148,29 +133,31 @@ def _pairs(dtype: torch.dtype, wide: torch.dtype) -> torch.Tensor:
         return every.to(wide).view(double)
 
 
-def gather(step: Step, call: FoldStep | LongStep, store: Store) -> tuple[torch.Tensor, torch.Tensor]:
+def gather(
+    launch: LaunchPlan, call: DecodeLaunch | PrefillLaunch, cache: CacheRows
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys [*call.shape, L, D] and the values of a call, in the type that is computed with.
 
     On a CPU they lie in the thread's scratch memory, until its next call.
     """
-    if not step.cpu:
-        return _copied(step, store.key, call), _copied(step, store.value, call)
+    if not launch.cpu:
+        return _copied(launch, cache.key, call), _copied(launch, cache.value, call)
     views = call.views.get(get_ident())
     if views is None:
         with torch.inference_mode(False):
             views = call.views[get_ident()] = (
-                _Gathered("key", store.key, call, step.compute),
-                _Gathered("value", store.value, call, step.compute),
+                _Gathered("key", cache.key, call, launch.compute),
+                _Gathered("value", cache.value, call, launch.compute),
             )
     key, value = views
-    return key.fill(store.key, call), value.fill(store.value, call)
+    return key.fill(cache.key, call), value.fill(cache.value, call)
 
 
-def _copied(step: Step, side: Side, call: FoldStep | LongStep) -> torch.Tensor:
+def _copied(launch: LaunchPlan, side: TokenRows, call: DecodeLaunch | PrefillLaunch) -> torch.Tensor:
     picked = side.blocks.index_select(0, call.index)
-    if side.dtype in _FP8:
+    if side.dtype in FP8:
         picked = picked.view(side.dtype)
-    tokens = picked.to(step.compute).view(-1, side.width)
+    tokens = picked.to(launch.compute).view(-1, side.width)
     if call.blank is not None:
         tokens.index_fill_(0, call.blank, 0)
     return _shaped(tokens, call)
