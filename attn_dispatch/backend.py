@@ -8,6 +8,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import numpy as np
@@ -139,12 +141,14 @@ class Backend(abc.ABC):
         """Say whether this machine could run the backend, from files and package metadata alone."""
 
     def import_vendor(self) -> None:
-        """Import the libraries that the backend computes with.
+        """Import what the backend computes with: the module `<library>_call` beside its own, where there is one.
 
-        Called when it has been chosen without having been named: one that cannot be imported (built for another
+        Called when it has been chosen without having been named: a vendor that cannot be imported (built for another
         version, a missing shared library) then leaves the choice to the next backend, with its error as the verdict.
         """
-        return
+        module = f"{type(self).__module__}_call"
+        if find_spec(module) is not None:
+            import_module(module)
 
     @abc.abstractmethod
     def verdict(self, spec: AttentionSpec) -> Verdict:

@@ -86,7 +86,7 @@ class Request:
 
 def _computes_on_cpu(name: str) -> bool:
     available = installed.availability(name)
-    return bool(available) and available.evidence != "ran"
+    return bool(available) and available.evidence.endswith("on CPU")
 
 
 def platform() -> str:

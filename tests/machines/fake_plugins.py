@@ -30,6 +30,11 @@ class Portable(ReferenceBackend):
         return Availability(True)
 
 
+class NeverRun(ReferenceBackend):
+    def probe(self) -> Availability:
+        return Availability(True, "written against the vendor's signatures", evidence="never run")
+
+
 class NotInstalled(ReferenceBackend):
     def probe(self) -> Availability:
         return Availability(False, "its vendor is not installed", "pip install vendor")

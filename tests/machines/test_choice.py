@@ -93,6 +93,24 @@ def test_a_vendor_that_cannot_be_imported_leaves_the_choice_to_the_next(install:
         ad.attention(SPEC, "cuda/vendor")
 
 
+def test_a_backend_that_nobody_ran_yet_stands_where_it_stands(install: Install) -> None:
+    install(NVIDIA | CUDA_TORCH, entry(10, "cuda/new", "NeverRun", "cuda"), *portable())
+    assert ad.attention(SPEC).backend == "cuda/new"
+
+
+def test_the_vendor_is_imported_by_the_module_beside_the_backends_own(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some_library.py").write_text(
+        "from attn_dispatch.reference import ReferenceBackend as R\nclass B(R): ...\n"
+    )
+    (tmp_path / "some_library_call.py").write_text("import no_such_vendor\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install({}, EntryPoint("1 some/library", "some_library:B", "attn_dispatch.backends.cpu"), COMPILED)
+    assert ad.attention(SPEC).backend == "cpu/compiled"
+    assert "ModuleNotFoundError: No module named 'no_such_vendor'" in str(ad.explain(SPEC).verdicts[0])
+
+
 def test_the_default_backend_is_one_that_could_run(install: Install) -> None:
     install(NVIDIA | CUDA_TORCH, entry(10, "cuda/absent", "NotInstalled", "cuda"), *portable())
     assert ad.default_backend == "torch/portable"
