@@ -17,7 +17,7 @@ VARIABLES: Mapping[str, str] = {
     "ATTN_DISPATCH_BACKEND": "the one backend to use: it runs, or raises its verdict",
     "ATTN_DISPATCH_PREFER": "backends to try first, in order, separated by commas",
     "ATTN_DISPATCH_DISABLE": "backends that are not chosen unless named, separated by commas",
-    "ATTN_DISPATCH_PLATFORM": f"the platform to choose for, instead of the one found: {', '.join(hardware.NAMES)}",
+    "ATTN_DISPATCH_PLATFORM": f"the platform to choose for, instead of the detected one: {', '.join(hardware.NAMES)}",
     "ATTN_DISPATCH_NUM_THREADS": "threads of backends that compute on the CPU (default: what the process was given)",
     "ATTN_DISPATCH_CACHE_DIR": "folder for converted models, machine code and tuning tables",
     "ATTN_DISPATCH_LOG": "debug, info, warning or error: a log on standard error; anything else: a file for all of it",

@@ -1,6 +1,6 @@
 """Environments for jobs: packages once per hash of their pins, this checkout on top. Standard library only.
 
-The packages live in a folder of the user's cache, made whole or not at all, shared by every checkout and never changed
+The packages live in a folder of the user's cache, complete or absent, shared by every checkout and never changed
 afterwards. Each checkout has thin environments of its own (`.env/JOB`) which look into that folder and hold the
 repository's distributions, editable.
 """
@@ -22,13 +22,13 @@ Say = Callable[[str], None]
 
 
 class CannotBuild(Exception):
-    """The environment cannot be had on this machine; the message says why."""
+    """The environment cannot be built on this machine; the message says why."""
 
 
 def cache_folder() -> Path:
     """Where packages are kept: ATTN_DISPATCH_CACHE_DIR, else the user's cache folder."""
-    if given := os.environ.get("ATTN_DISPATCH_CACHE_DIR"):
-        return Path(given) / "environments"
+    if chosen := os.environ.get("ATTN_DISPATCH_CACHE_DIR"):
+        return Path(chosen).expanduser() / "environments"
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "attn-dispatch" / "environments"
 
@@ -65,9 +65,9 @@ def environment(job: Job, say: Say) -> Path:
     """
     packages = _packages(job, say)
     folder = ROOT / ".env" / job.name
-    stamp = folder / "made-for"
-    wanted = "\n".join([str(packages), *map(str, job.folders), *map(_metadata, job.folders)])
-    if not (stamp.exists() and stamp.read_text() == wanted):
+    stamp = folder / "inputs"
+    inputs = "\n".join([str(packages), *map(str, job.folders), *map(_metadata, job.folders)])
+    if not (stamp.exists() and stamp.read_text() == inputs):
         say("installing this checkout")
         shutil.rmtree(folder, ignore_errors=True)
         # Without a pip of its own, which takes longer to install than all the rest: that of the packages does it.
@@ -80,7 +80,7 @@ def environment(job: Job, say: Say) -> Path:
         # An editable install leaves byte code to the first import, which a cost of import should not be measured with.
         sources = [str(path) for f in job.folders for path in f.glob("attn_dispatch*") if path.is_dir()]
         _run([str(python_of(folder)), "-m", "compileall", "-q", *sources])
-        stamp.write_text(wanted)
+        stamp.write_text(inputs)
     return python_of(folder)
 
 
@@ -108,8 +108,8 @@ def _packages(job: Job, say: Say) -> Path:
         for pin in torch:
             _install_torch(pip, pin, job, say)
         _run([*pip, *constraints, *(r for r in job.requirements() if r not in torch), *torch])
-        if job.alone:
-            _run([*pip, "--no-deps", *job.alone])
+        if job.without_dependencies:
+            _run([*pip, "--no-deps", *job.without_dependencies])
         # Another checkout may have been faster: whoever renames first wins, the loser's work is thrown away.
         if not final.exists():
             building.rename(final)
@@ -119,7 +119,7 @@ def _packages(job: Job, say: Say) -> Path:
 
 
 def _install_torch(pip: list[str], pin: str, job: Job, say: Say) -> None:
-    """Install torch without CUDA, wherever a CPU build of that version can be had."""
+    """Install torch without CUDA, wherever a CPU build of that version is available."""
     if job.needs:  # the build for the hardware is what the job is about
         _run([*pip, pin])
         return
@@ -134,8 +134,8 @@ def _install_torch(pip: list[str], pin: str, job: Job, say: Say) -> None:
     ):
         return
     if not job.any_torch:
-        raise CannotBuild(f"no CPU build of {pin} can be had here, and several GB of CUDA are not taken instead")
-    say(f"no CPU build of {pin} can be had here: taking the default build, with its CUDA packages")
+        raise CannotBuild(f"no CPU build of {pin} is available here, and several GB of CUDA are not installed instead")
+    say(f"no CPU build of {pin} is available here: installing the default build, with its CUDA packages")
     _run([*pip, "--no-cache-dir", pin])
 
 

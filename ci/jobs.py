@@ -7,11 +7,11 @@ A job is `[[tool.attn-dispatch.ci.jobs]]` in `pyproject.toml` (the core's), `pla
     needs      hardware without which it is not run: a device kind of attn_dispatch/hardware/platforms.py ("": none)
     python     "3.11"
     pins       requirements, exact; the environment is kept under their hash
-    no-deps    requirements, exact, of which only the package itself is wanted
+    no-deps    requirements, exact, that are installed without their dependencies
     extras     extras of the distribution itself
     core       extras of attn-dispatch (["conformance"] by default)
-    with       other platforms or clients of this repository that are installed beside
-    any-torch  true: take torch's default build where no CPU build of that version can be had (several GB)
+    with       other platforms or clients of this repository that are installed as well
+    any-torch  true: take torch's default build where no CPU build of that version is available (several GB)
     commands   run in the repository's root, with the job's Python as `python`
     minutes    limit for the commands (20)
 """
@@ -45,27 +45,27 @@ class Job:
     needs: str = ""
     python: str = "3.11"
     pins: tuple[str, ...] = ()
-    alone: tuple[str, ...] = ()
+    without_dependencies: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     core: tuple[str, ...] = ("conformance",)
-    beside: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
     any_torch: bool = False
     minutes: float = 20.0
 
     @property
     def folders(self) -> list[Path]:
         """The distributions that are installed from this checkout, the core first."""
-        folders = [ROOT, *map(_folder, self.beside)]
+        folders = [ROOT, *map(_folder, self.companions)]
         return folders if self.folder == ROOT else [*folders, self.folder]
 
     def requirements(self) -> list[str]:
         """Everything that must be installed, without this repository's own distributions."""
-        wanted = [*self.pins, *_requirements(ROOT, ("cli", *self.core)), "hatchling", "hatch-vcs", "editables"]
-        for name in self.beside:
-            wanted += _requirements(_folder(name), ())
+        requirements = [*self.pins, *_requirements(ROOT, ("cli", *self.core)), "hatchling", "hatch-vcs", "editables"]
+        for name in self.companions:
+            requirements += _requirements(_folder(name), ())
         if self.folder != ROOT:
-            wanted += _requirements(self.folder, self.extras)
-        return list(dict.fromkeys(wanted))
+            requirements += _requirements(self.folder, self.extras)
+        return list(dict.fromkeys(requirements))
 
     def constraints(self) -> list[str]:
         """Versions of everything else; the job's own pins come first."""
@@ -75,7 +75,14 @@ class Job:
 
     def key(self) -> str:
         """The hash under which its environment is kept."""
-        parts = [self.python, *self.requirements(), *self.alone, *self.constraints(), str(self.any_torch), sys.platform]
+        parts = [
+            self.python,
+            *self.requirements(),
+            *self.without_dependencies,
+            *self.constraints(),
+            str(self.any_torch),
+            sys.platform,
+        ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -92,20 +99,20 @@ def _requirements(folder: Path, extras: tuple[str, ...]) -> list[str]:
     # The core's own are a part of what its metadata hook fills in.
     hook = tables.get("tool", {}).get("hatch", {}).get("metadata", {}).get("hooks", {}).get("custom", {})
     optional = project.get("optional-dependencies", hook.get("extras", {}))
-    wanted, pending, seen = list(project.get("dependencies", [])), list(extras), set()
+    requirements, pending, seen = list(project.get("dependencies", [])), list(extras), set()
     while pending:
         extra = pending.pop()
         if extra in seen:
             continue
         seen.add(extra)
-        wanted += optional[extra]
+        requirements += optional[extra]
         pending += [
-            e for w in wanted if w.startswith(f"{project['name']}[") for e in w.partition("[")[2][:-1].split(",")
+            e for w in requirements if w.startswith(f"{project['name']}[") for e in w.partition("[")[2][:-1].split(",")
         ]
-    foreign = [w for w in wanted if w.startswith("attn-dispatch[") and folder != ROOT]
+    foreign = [w for w in requirements if w.startswith("attn-dispatch[") and folder != ROOT]
     core = [e for w in foreign for e in w.partition("[")[2][:-1].split(",")]
-    wanted = [w for w in wanted if not w.startswith("attn-dispatch")]
-    return [*wanted, *(_requirements(ROOT, tuple(core)) if core else [])]
+    requirements = [w for w in requirements if not w.startswith("attn-dispatch")]
+    return [*requirements, *(_requirements(ROOT, tuple(core)) if core else [])]
 
 
 def jobs() -> list[Job]:
@@ -138,10 +145,10 @@ def _job(file: Path, row: dict[str, Any]) -> Job:
         needs=row.get("needs", ""),
         python=row.get("python", "3.11"),
         pins=tuple(row.get("pins", ())),
-        alone=tuple(row.get("no-deps", ())),
+        without_dependencies=tuple(row.get("no-deps", ())),
         extras=tuple(row.get("extras", ())),
         core=tuple(row.get("core", ("conformance",))),
-        beside=tuple(row.get("with", ())),
+        companions=tuple(row.get("with", ())),
         any_torch=row.get("any-torch", False),
         minutes=float(row.get("minutes", 20)),
     )

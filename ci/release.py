@@ -56,14 +56,14 @@ def shortcomings(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     metadata = metadata_of(wheel)
-    found = [f"no {key}" for key in ("License-Expression", "Summary", "Requires-Python") if not metadata[key]]
-    found += [f"no {key}" for key in ("Classifier", "Project-URL", "License-File") if not metadata.get_all(key)]
-    found += [] if str(metadata.get_payload()).strip() else ["no readme"]
-    found += [] if any("/licenses/" in name for name in names) else ["no licence's text"]
+    lacking = [f"no {key}" for key in ("License-Expression", "Summary", "Requires-Python") if not metadata[key]]
+    lacking += [f"no {key}" for key in ("Classifier", "Project-URL", "License-File") if not metadata.get_all(key)]
+    lacking += [] if str(metadata.get_payload()).strip() else ["no readme"]
+    lacking += [] if any("/licenses/" in name for name in names) else ["no licence's text"]
     packages = {name.partition("/")[0] for name in names if name.endswith("/__init__.py") and name.count("/") == 1}
-    found += [f"{package} has no py.typed" for package in sorted(packages) if f"{package}/py.typed" not in names]
+    lacking += [f"{package} has no py.typed" for package in sorted(packages) if f"{package}/py.typed" not in names]
     strays = [name for name in names if {"tests", "evidence", "__pycache__"} & set(Path(name).parts)]
-    return found + [f"has {name}" for name in strays]
+    return lacking + [f"has {name}" for name in strays]
 
 
 def write_index(folder: Path, wheels: list[Path]) -> None:
@@ -95,7 +95,7 @@ def check(folder: Path, extras: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         fresh = Path(temporary)
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(fresh)], check=True)
-        # The folders of third-party packages alone: what is installed here from the checkout must not be found.
+        # The folders of third-party packages alone: what is installed here from the checkout must not be lacking.
         packages = (Path(sysconfig.get_paths()["purelib"]) / "packages.pth").read_text()
         (site_packages(fresh) / "packages.pth").write_text(packages)
         python = str(python_of(fresh))

@@ -1,4 +1,4 @@
-"""Pass the tests: `python3 ci/test.py` runs every job that can run on this machine, each in its own environment.
+"""Run the tests: `python3 ci/test.py` runs every job that can run on this machine, each in its own environment.
 
 `python3 ci/test.py JOB...` runs some; `--list` shows the matrix. A job whose hardware or Python is absent says so and
 is never counted as passed; in CI (the variable CI is set) an absent Python is a failure. Exit status 0: everything that
@@ -32,7 +32,7 @@ _SKIPPED = re.compile(r"^SKIPPED \[(\d+)\] \S+?:(?:\d+:)? (.*)$|^(XFAIL \S+ - .*
 
 @dataclass
 class Result:
-    """What became of a job."""
+    """The outcome of a job."""
 
     job: Job
     state: str  # passed | FAILED | not run
@@ -43,14 +43,14 @@ class Result:
 
 def hardware() -> set[str]:
     """The kinds of accelerator here, by the library's own detection (it needs nothing that is not installed yet)."""
-    core = types.ModuleType("attn_dispatch")  # the folder without its door, which would want NumPy
+    core = types.ModuleType("attn_dispatch")  # the folder without its __init__, which needs NumPy
     core.__path__ = [str(ROOT / "attn_dispatch")]
     sys.modules["attn_dispatch"] = core
     detect = importlib.import_module("attn_dispatch.hardware").detect
     return {device.kind for device in detect().devices if not device.integrated}
 
 
-def run_job(job: Job, here: set[str], print_lock: threading.Lock) -> Result:
+def run_job(job: Job, kinds: set[str], print_lock: threading.Lock) -> Result:
     """Build a job's environment and run its commands."""
     started = time.monotonic()
     result = Result(job, "not run")
@@ -63,7 +63,7 @@ def run_job(job: Job, here: set[str], print_lock: threading.Lock) -> Result:
         result.state, result.why, result.seconds = state, why, time.monotonic() - started
         return result
 
-    if job.needs and job.needs not in here:
+    if job.needs and job.needs not in kinds:
         return ended("not run", f"needs {job.needs}")
     try:
         interpreter(job.python)
@@ -143,7 +143,7 @@ def all_cpu_seconds() -> float:
 
 
 def main() -> int:
-    """Run jobs and print what became of each."""
+    """Run jobs and print the outcome of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", nargs="*", help="jobs to run (default: all)")
     parser.add_argument("--list", action="store_true", help="show the matrix")
@@ -155,17 +155,17 @@ def main() -> int:
         print(f"no such job: {', '.join(sorted(unknown))}. Known: {', '.join(job.name for job in matrix)}")
         return 2
     chosen = [job for job in matrix if not options.job or job.name in options.job]
-    here = hardware()
+    kinds = hardware()
     if options.list:
         for job in chosen:
-            state = "" if not job.needs or job.needs in here else f"  (not run here: needs {job.needs})"
+            state = "" if not job.needs or job.needs in kinds else f"  (not run here: needs {job.needs})"
             print(f"{job.name:<20} python {job.python}  {' '.join(job.pins)}{state}")
         return 0
     # Those that may take longest begin first.
     chosen.sort(key=lambda job: -job.minutes)
     lock = threading.Lock()
     with ThreadPoolExecutor(max_workers=max(1, options.parallel)) as pool:
-        results = list(pool.map(lambda job: run_job(job, here, lock), chosen))
+        results = list(pool.map(lambda job: run_job(job, kinds, lock), chosen))
     print("\nThe matrix:")
     for result in results:
         times = f"{result.seconds:6.0f} s  {result.cpu_seconds / 60:6.2f} CPU min"

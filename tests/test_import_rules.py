@@ -62,34 +62,34 @@ def imports(tree: ast.AST, path: Path) -> Iterator[str]:
             yield from (f"{stem}.{alias.name}" for alias in node.names)
 
 
-def floor_of(room: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+def floor_of(part: str) -> int:
+    return next(i for i, parts in enumerate(FLOORS) if part in parts)
 
 
-def violations(source: str, path: Path, room: str) -> list[str]:
+def violations(source: str, path: Path, part: str) -> list[str]:
     found = []
     for name in imports(ast.parse(source), path):
         root, _, rest = name.partition(".")
-        if root not in NEEDED | MAY_IMPORT.get(room, set()):
+        if root not in NEEDED | MAY_IMPORT.get(part, set()):
             found.append(f"imports {root}, a platform or a vendor")
         if root == "attn_dispatch" and rest:
             target = rest.partition(".")[0]
-            known = {r for rooms in FLOORS for r in rooms}
-            # `from attn_dispatch import hardware` names a room; `from attn_dispatch import AttentionSpec` the door.
+            known = {r for parts in FLOORS for r in parts}
+            # `from attn_dispatch import hardware` names a module, `import AttentionSpec` the package.
             target = target if target in known else "__init__"
-            below = floor_of(target) < floor_of(room) or target == room or target in LOWEST
+            below = floor_of(target) < floor_of(part) or target == part or target in LOWEST
             if not below:
                 found.append(f"imports {name} from above")
     return found
 
 
-@pytest.mark.parametrize(("path", "room"), list(modules()), ids=lambda x: str(getattr(x, "name", x)))
-def test_a_module_imports_lower_floors_only(path: Path, room: str) -> None:
-    assert violations(path.read_text(), path, room) == []
+@pytest.mark.parametrize(("path", "part"), list(modules()), ids=lambda x: str(getattr(x, "name", x)))
+def test_a_module_imports_lower_floors_only(path: Path, part: str) -> None:
+    assert violations(path.read_text(), path, part) == []
 
 
-def test_every_room_has_a_floor() -> None:
-    assert {room for _, room in modules()} <= {room for rooms in FLOORS for room in rooms}
+def test_every_module_has_a_floor() -> None:
+    assert {part for _, part in modules()} <= {part for parts in FLOORS for part in parts}
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ print(json.dumps(sorted({m.partition(".")[0] for m in set(sys.modules) - before}
 """
 
 
-def test_importing_the_door_imports_no_vendor_and_no_plug_in() -> None:
+def test_importing_the_package_imports_no_vendor_and_no_plug_in() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert not set(loaded) - NEEDED

@@ -107,8 +107,8 @@ def _machine(root: SystemRoot, info: Mapping[str, str], environ: Mapping[str, st
     if root.live:
         # Not `platform.machine()`: it takes longer than all else here, and on Windows it asks a service.
         return os.uname().machine if hasattr(os, "uname") else environ.get("PROCESSOR_ARCHITECTURE", "")
-    if told := root.word("proc/sys/kernel/arch"):
-        return told
+    if architecture := root.word("proc/sys/kernel/arch"):
+        return architecture
     if "flags" in info:
         return "x86_64"
     return "aarch64" if "asimd" in info.get("Features", "").split() else ""

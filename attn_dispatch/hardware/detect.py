@@ -133,10 +133,10 @@ def _visible(devices: Sequence[Device], environ: Mapping[str, str]) -> tuple[lis
     """Return the devices that no variable hides, and what hides the others."""
     visible, hidden = list(devices), []
     for hardware in PLATFORMS:
-        own = _of(hardware, devices)
-        if own and (variable := _hiding_variable(hardware, own, environ)):
-            hidden.append(f"{variable}={environ[variable]!r} hides {describe(own)}")
-            visible = [device for device in visible if device not in own]
+        matching = _of(hardware, devices)
+        if matching and (variable := _hiding_variable(hardware, matching, environ)):
+            hidden.append(f"{variable}={environ[variable]!r} hides {describe(matching)}")
+            visible = [device for device in visible if device not in matching]
     return visible, hidden
 
 
@@ -163,16 +163,16 @@ def _choose(devices: Sequence[Device], build: str | None) -> tuple[str, list[str
     """Return the platform, and why each other kind of device did not decide it."""
     chosen, notes = NAMES[-1], []
     for hardware in PLATFORMS:
-        own = _of(hardware, devices)
-        if not own:
+        matching = _of(hardware, devices)
+        if not matching:
             continue
         use = f"ATTN_DISPATCH_PLATFORM={hardware.name} uses it"
-        if all(device.integrated for device in own) and not torch_build.suits(build, hardware.name):
-            notes.append(f"{describe(own)} is left alone: {use}")
+        if all(device.integrated for device in matching) and not torch_build.suits(build, hardware.name):
+            notes.append(f"{describe(matching)} is left alone: {use}")
         elif chosen == NAMES[-1]:
             chosen = hardware.name
         else:
-            notes.append(f"{describe(own)} is here too: {use}")
+            notes.append(f"{describe(matching)} is here too: {use}")
     return chosen, notes
 
 

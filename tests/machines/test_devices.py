@@ -35,19 +35,19 @@ from attn_dispatch.hardware import detect
 
 
 def test_nvidia(tmp_path: Path) -> None:
-    found = machine(tmp_path, NVIDIA)
-    assert found.name == "cuda"
+    detected = machine(tmp_path, NVIDIA)
+    assert detected.name == "cuda"
     expected = "2x NVIDIA H200 (driver 580.95.05) on AMD EPYC, 1 CPU, AVX-512, AVX512-BF16, 16 GiB"
-    assert (found.description, found.facts["drivers"]) == (expected, {"nvidia": "580.95.05"})
-    assert [(d.evidence, d.facts["slot"], d.facts["pci"]) for d in found.devices] == [
+    assert (detected.description, detected.facts["drivers"]) == (expected, {"nvidia": "580.95.05"})
+    assert [(d.evidence, d.facts["slot"], d.facts["pci"]) for d in detected.devices] == [
         ("/dev/nvidia0", "0000:41:00.0", "10de:2335"),
         ("/dev/nvidia1", "0000:01:00.0", "10de:2335"),
     ]
 
 
 def test_nvidia_where_proc_tells_nothing(tmp_path: Path) -> None:
-    found = machine(tmp_path, {"dev/nvidia0": ""})  # a sandboxed container
-    assert (found.name, found.devices[0].name, found.facts["problems"]) == ("cuda", "GPU", [])
+    detected = machine(tmp_path, {"dev/nvidia0": ""})  # a sandboxed container
+    assert (detected.name, detected.devices[0].name, detected.facts["problems"]) == ("cuda", "GPU", [])
 
 
 def test_the_older_form_of_the_driver_version(tmp_path: Path) -> None:
@@ -68,10 +68,10 @@ def test_gpus_of_windows(tmp_path: Path) -> None:
 
 
 def test_jetson(tmp_path: Path) -> None:
-    found = machine(tmp_path / "a", JETSON)
+    detected = machine(tmp_path / "a", JETSON)
     board = {name: text for name, text in JETSON.items() if not name.startswith("dev/")}
-    assert (found.name, [d.name for d in found.devices]) == ("cuda", ["NVIDIA Jetson Orin Nano Developer Kit"])
-    assert (found.devices[0].facts["soc"], found.devices[0].facts["l4t"]) == ("tegra234", "36.4.3")
+    assert (detected.name, [d.name for d in detected.devices]) == ("cuda", ["NVIDIA Jetson Orin Nano Developer Kit"])
+    assert (detected.devices[0].facts["soc"], detected.devices[0].facts["l4t"]) == ("tegra234", "36.4.3")
     container = machine(tmp_path / "b", board)
     assert container.name == "cpu"
     assert "--runtime nvidia" in container.facts["problems"][0]
@@ -79,17 +79,17 @@ def test_jetson(tmp_path: Path) -> None:
 
 
 def test_an_nvidia_gpu_without_its_driver_is_said(tmp_path: Path) -> None:
-    found = machine(tmp_path / "a", pci("0000:01:00.0", "0x10de", "0x2335"))
-    assert found.name == "cpu"
-    assert "10de:2335 at 0000:01:00.0" in found.facts["problems"][0]
+    detected = machine(tmp_path / "a", pci("0000:01:00.0", "0x10de", "0x2335"))
+    assert detected.name == "cpu"
+    assert "10de:2335 at 0000:01:00.0" in detected.facts["problems"][0]
     sound = machine(tmp_path / "b", pci("0000:01:00.1", "0x10de", "0x22ba", "0x040300"))
     assert sound.facts["problems"] == []
 
 
 def test_amd(tmp_path: Path) -> None:
-    found = machine(tmp_path, MI300X | {"sys/module/amdgpu/version": "6.12.12\n"})
-    assert (found.name, found.facts["drivers"]) == ("rocm", {"amd": "6.12.12"})
-    (device,) = found.devices
+    detected = machine(tmp_path, MI300X | {"sys/module/amdgpu/version": "6.12.12\n"})
+    assert (detected.name, detected.facts["drivers"]) == ("rocm", {"amd": "6.12.12"})
+    (device,) = detected.devices
     assert (device.name, device.facts["pci"], device.facts["slot"]) == ("gfx942", "1002:74a1", "0000:75:00.0")
     assert device.facts["wave_front_size"] == "64"
     assert device.evidence.endswith("nodes/1/properties: simd_count 1216")
@@ -103,9 +103,9 @@ def test_the_names_of_amd_targets(tmp_path: Path, version: int, name: str) -> No
 
 
 def test_amd_nodes_that_are_no_gpu(tmp_path: Path) -> None:
-    found = machine(tmp_path / "a", kfd(0, cpu_cores_count=8, simd_count=0))
-    assert (found.name, found.devices) == ("cpu", ())
-    assert "simd_count" in found.facts["problems"][0]
+    detected = machine(tmp_path / "a", kfd(0, cpu_cores_count=8, simd_count=0))
+    assert (detected.name, detected.devices) == ("cpu", ())
+    assert "simd_count" in detected.facts["problems"][0]
     # The topology is the host's, the device was not given to the container.
     topology = {name: text for name, text in MI300X.items() if name != "dev/kfd"}
     assert machine(tmp_path / "b", topology).name == "cpu"
@@ -114,8 +114,8 @@ def test_amd_nodes_that_are_no_gpu(tmp_path: Path) -> None:
 
 
 def test_intel_cards(tmp_path: Path) -> None:
-    found = machine(tmp_path / "a", ARC)
-    assert (found.name, found.devices[0].name, found.devices[0].facts["family"]) == ("xpu", "8086:e20b", "BMG")
+    detected = machine(tmp_path / "a", ARC)
+    assert (detected.name, detected.devices[0].name, detected.devices[0].facts["family"]) == ("xpu", "8086:e20b", "BMG")
     assert machine(tmp_path / "b", intel("xe", "0000:00:02.0", "56C0")).name == "xpu"  # given to a virtual machine
     assert machine(tmp_path / "c", intel("xe", "0000:04:00.0", "FFFF")).name == "xpu"  # newer than the list of ids
     assert machine(tmp_path / "d", intel("vfio-pci", "0000:03:00.0", "E20B")).devices == ()
@@ -137,11 +137,11 @@ def test_intel_cards(tmp_path: Path) -> None:
 def test_an_integrated_gpu_counts_when_torch_was_built_for_it(
     tmp_path: Path, files: Files, built: Files, platform: str
 ) -> None:
-    found = machine(tmp_path, files | built, search=["site"])
-    assert (found.name, [d.integrated for d in found.devices]) == (platform, [True])
-    assert found.facts["problems"] == []
-    assert [note for note in found.facts["notes"] if "ATTN_DISPATCH_PLATFORM" in note] == found.facts["notes"]
-    assert bool(found.facts["notes"]) == (platform == "cpu")
+    detected = machine(tmp_path, files | built, search=["site"])
+    assert (detected.name, [d.integrated for d in detected.devices]) == (platform, [True])
+    assert detected.facts["problems"] == []
+    assert [note for note in detected.facts["notes"] if "ATTN_DISPATCH_PLATFORM" in note] == detected.facts["notes"]
+    assert bool(detected.facts["notes"]) == (platform == "cpu")
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,13 @@ def test_an_integrated_gpu_counts_when_torch_was_built_for_it(
 )
 @pytest.mark.parametrize("node", ["dev/accel0", "dev/vfio/0"])
 def test_tpu(tmp_path: Path, device: str, subsystem: str, generation: str, node: str) -> None:
-    found = machine(tmp_path, pci("0000:00:05.0", "0x1ae0", device, "0xff0000", subsystem) | {node: ""})
-    assert (found.name, found.devices[0].name, found.devices[0].facts["slot"]) == ("tpu", generation, "0000:00:05.0")
-    assert device in found.devices[0].evidence
+    detected = machine(tmp_path, pci("0000:00:05.0", "0x1ae0", device, "0xff0000", subsystem) | {node: ""})
+    assert (detected.name, detected.devices[0].name, detected.devices[0].facts["slot"]) == (
+        "tpu",
+        generation,
+        "0000:00:05.0",
+    )
+    assert device in detected.devices[0].evidence
 
 
 def test_a_tpu_of_a_new_generation(tmp_path: Path) -> None:
@@ -171,21 +175,21 @@ def test_a_tpu_of_a_new_generation(tmp_path: Path) -> None:
     ids=["vfio", "node", "NPU", "network card"],
 )
 def test_what_is_no_tpu(tmp_path: Path, files: Files) -> None:
-    found = machine(tmp_path, files)
-    assert (found.name, found.devices, found.facts["problems"]) == ("cpu", (), [])
+    detected = machine(tmp_path, files)
+    assert (detected.name, detected.devices, detected.facts["problems"]) == ("cpu", (), [])
 
 
 def test_a_tpu_that_was_not_given_to_the_container(tmp_path: Path) -> None:
-    found = machine(tmp_path, TPU)
-    assert found.name == "cpu"
-    assert "TPU v5e" in found.facts["problems"][0]
+    detected = machine(tmp_path, TPU)
+    assert detected.name == "cpu"
+    assert "TPU v5e" in detected.facts["problems"][0]
 
 
 def test_installed_libraries_are_no_evidence(tmp_path: Path) -> None:
     libraries = {"site/libtpu/__init__.py": "", "site/libtpu/libtpu.so": "", "usr/lib/libcuda.so.1": ""}
-    found = machine(tmp_path, CUDA_TORCH | libraries, search=["site"])
-    assert (found.name, found.devices, found.facts["problems"]) == ("cpu", (), [])
-    assert found.facts["torch_flavor"] == "cu130"
+    detected = machine(tmp_path, CUDA_TORCH | libraries, search=["site"])
+    assert (detected.name, detected.devices, detected.facts["problems"]) == ("cpu", (), [])
+    assert detected.facts["torch_flavor"] == "cu130"
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_the_build_of_torch(tmp_path: Path, files: Files, flavor: str | None) ->
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "words"),
     [
         (MI300X | CUDA_TORCH, "a cu130 build and cannot use 1x AMD gfx942: install torch's ROCm build"),
         (NVIDIA | ROCM_TORCH, "a rocm6.4 build and cannot use 2x NVIDIA H200: install torch's CUDA build"),
@@ -213,9 +217,9 @@ def test_the_build_of_torch(tmp_path: Path, files: Files, flavor: str | None) ->
         (ARC | CPU_TORCH, "install torch's XPU build"),
     ],
 )
-def test_a_torch_for_other_hardware_is_said(tmp_path: Path, files: Files, said: str) -> None:
+def test_a_torch_for_other_hardware_is_said(tmp_path: Path, files: Files, words: str) -> None:
     (problem,) = machine(tmp_path, files, search=["site"]).facts["problems"]
-    assert said in problem
+    assert words in problem
 
 
 @pytest.mark.parametrize(
@@ -237,18 +241,18 @@ def test_a_torch_for_other_hardware_is_said(tmp_path: Path, files: Files, said: 
     ],
 )
 def test_hidden_devices(tmp_path: Path, files: Files, environ: dict[str, str], platform: str) -> None:
-    found = machine(tmp_path, files, environ)
-    assert found.name == platform
-    for text in found.facts["hidden"]:
-        assert text in found.description
+    detected = machine(tmp_path, files, environ)
+    assert detected.name == platform
+    for text in detected.facts["hidden"]:
+        assert text in detected.description
         assert any(text.startswith(f"{name}={value!r} hides") for name, value in environ.items())
-    assert bool(found.facts["hidden"]) == (len(found.devices) < len(detect(tmp_path, environ={}).devices))
+    assert bool(detected.facts["hidden"]) == (len(detected.devices) < len(detect(tmp_path, environ={}).devices))
 
 
 def test_several_kinds_have_an_order(tmp_path: Path) -> None:
-    found = machine(tmp_path / "a", NVIDIA | MI300X | ARC)
-    assert found.name == "cuda"
-    assert [note.split(" is here too")[0] for note in found.facts["notes"]] == [
+    detected = machine(tmp_path / "a", NVIDIA | MI300X | ARC)
+    assert detected.name == "cuda"
+    assert [note.split(" is here too")[0] for note in detected.facts["notes"]] == [
         "1x AMD gfx942",
         "1x Intel GPU 8086:e20b",
     ]
@@ -272,18 +276,18 @@ def test_what_cannot_be_read_is_kept(tmp_path: Path, name: str) -> None:
     build(tmp_path, NVIDIA | MI300X)
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()  # a folder where a file belongs: also root cannot read it
-    found = detect(tmp_path, environ={})
-    assert found.name == "cuda"
-    assert any(name in text for text in found.facts["problems"])
+    detected = detect(tmp_path, environ={})
+    assert detected.name == "cuda"
+    assert any(name in text for text in detected.facts["problems"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="not run: nothing is closed to root")
 def test_a_device_that_this_user_may_not_open_is_said(tmp_path: Path) -> None:
     build(tmp_path, MI300X)
     (tmp_path / "dev/kfd").chmod(0)
-    found = detect(tmp_path, environ={})
-    assert found.name == "rocm"
-    assert "group render" in found.facts["problems"][0]
+    detected = detect(tmp_path, environ={})
+    assert detected.name == "rocm"
+    assert "group render" in detected.facts["problems"][0]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -295,9 +299,9 @@ def test_a_device_that_this_user_may_not_open_is_said(tmp_path: Path) -> None:
 def test_no_content_of_a_file_makes_it_raise(tmp_path: Path, name: str, content: bytes) -> None:
     build(tmp_path, NVIDIA | MI300X | ARC | TPU | CUDA_TORCH | {name: ""})
     (tmp_path / name).write_bytes(content)
-    found = detect(tmp_path, environ={}, search=["site"])
-    assert json.dumps(found.facts)
-    assert found.facts["cpu_count"] >= 1
+    detected = detect(tmp_path, environ={}, search=["site"])
+    assert json.dumps(detected.facts)
+    assert detected.facts["cpu_count"] >= 1
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from attn_dispatch.hardware import detect
     ],
 )
 def test_processors(tmp_path: Path, cpuinfo: str, isa: tuple[str, ...], architecture: str, described: str) -> None:
-    found = machine(tmp_path, {"proc/cpuinfo": cpuinfo})
-    assert (found.name, found.facts["isa"], found.facts["machine"]) == ("cpu", isa, architecture)
-    assert found.description == described
-    assert list(found.facts["cpu_flags"]) == sorted(found.facts["cpu_flags"])
+    detected = machine(tmp_path, {"proc/cpuinfo": cpuinfo})
+    assert (detected.name, detected.facts["isa"], detected.facts["machine"]) == ("cpu", isa, architecture)
+    assert detected.description == described
+    assert list(detected.facts["cpu_flags"]) == sorted(detected.facts["cpu_flags"])
 
 
 @pytest.mark.parametrize(
@@ -76,17 +76,17 @@ def test_processors(tmp_path: Path, cpuinfo: str, isa: tuple[str, ...], architec
     ],
 )
 def test_what_a_container_grants(tmp_path: Path, files: dict[str, str], cpus: int, gib: int) -> None:
-    found = machine(tmp_path, {"sys/devices/system/cpu/online": "0-63\n"} | files)
-    assert (found.facts["cpu_count"], found.facts["cpu_online"]) == (cpus, 64)
-    assert found.facts["memory_bytes"] == gib << 30
-    assert (f"{cpus} CPU{'s' * (cpus > 1)} of 64" in found.description) == (cpus < 64)
+    detected = machine(tmp_path, {"sys/devices/system/cpu/online": "0-63\n"} | files)
+    assert (detected.facts["cpu_count"], detected.facts["cpu_online"]) == (cpus, 64)
+    assert detected.facts["memory_bytes"] == gib << 30
+    assert (f"{cpus} CPU{'s' * (cpus > 1)} of 64" in detected.description) == (cpus < 64)
 
 
 def test_nothing_outside_the_root_counts(tmp_path: Path) -> None:
     empty = detect(tmp_path, environ={})
     assert (empty.name, empty.description, empty.devices) == ("cpu", "unknown CPU, 1 CPU", ())
-    told = {name: value for name, value in empty.facts.items() if value}
-    assert told == {
+    facts = {name: value for name, value in empty.facts.items() if value}
+    assert facts == {
         "system": "linux",
         "cpu_count": 1,
         "cpu_online": 1,
@@ -95,7 +95,7 @@ def test_nothing_outside_the_root_counts(tmp_path: Path) -> None:
 
 
 def run(script: str, *arguments: object) -> str:
-    """Run a script that finds the core's folder, without its door, under its own name."""
+    """Run a script that finds the core's folder, without its __init__, under its own name."""
     head = (
         "import sys, types\n"
         "package = types.ModuleType('attn_dispatch'); package.__path__ = [sys.argv[1]]\n"
