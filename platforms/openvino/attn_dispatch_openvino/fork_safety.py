@@ -18,7 +18,7 @@ _SETTLE_SECONDS = 0.05  # a thread of the pool looks for more work for about a m
 
 _registry = threading.RLock()
 _locks: weakref.WeakSet[threading.RLock] = weakref.WeakSet()
-_held: list[threading.RLock] = []
+_held: list[threading.RLock] = []  # by a thread that forks
 
 
 def fork_safe_lock() -> threading.RLock:
@@ -34,16 +34,18 @@ def fork_safe_lock() -> threading.RLock:
 
 def _take_all() -> None:
     _registry.acquire()
-    _held[:] = _locks
-    for lock in _held:
+    _held[:] = [*_locks, _registry]
+    for lock in _held[:-1]:
         lock.acquire()
     time.sleep(_SETTLE_SECONDS)
 
 
 def _free_all() -> None:
-    while _held:
-        _held.pop().release()
-    _registry.release()
+    # None are held when this module was imported while another thread was forking (OpenVINO's telemetry does).
+    locks = _held[:]
+    _held.clear()
+    for lock in locks:
+        lock.release()
 
 
 if hasattr(os, "register_at_fork"):

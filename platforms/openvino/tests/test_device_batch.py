@@ -121,3 +121,28 @@ def test_threads_on_one_cache(layer: Callable[..., Any], tokens: int, still_comp
         thread.join()
     assert not wrong
     np.testing.assert_array_equal(cache.key, before)
+
+
+def test_new_tokens_that_are_not_the_queries(layer: Callable[..., Any]) -> None:
+    """As many rows of k as of q, but other sequences': the op, which takes them for each other's, must not write."""
+    it = layer()
+    attn, reference = it.on(), it.on("reference")
+    batch = AttentionMetadata(
+        query_start_loc=np.array([0, 2, 3], np.int32),
+        seq_lens=np.array([40, 7], np.int32),
+        block_table=np.array([[3, 1], [2, 0]], np.int32),
+        slot_mapping=np.array([32 + 7, 2 * 32 + 5, 2 * 32 + 6], np.int64),
+        new_start_loc=np.array([0, 1, 3], np.int32),
+    )
+    context = AttentionMetadata.build([39, 5], [39, 5], [[3, 1], [2]])
+    fill, (q, k, v) = it.arrays(44), it.arrays(3)
+    caches = []
+    outs = []
+    for layer_on in (attn, reference):
+        cache = layer_on.allocate(4)
+        layer_on.run(layer_on.plan(context), *fill, cache)
+        outs.append(layer_on.run(layer_on.plan(batch), q, k, v, cache))
+        caches.append(cache.gather([0, 1, 2, 3]))
+    np.testing.assert_allclose(outs[0], outs[1], atol=1e-5)
+    for stored, expected in zip(*caches, strict=True):
+        np.testing.assert_array_equal(stored, expected)
