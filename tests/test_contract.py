@@ -288,3 +288,48 @@ def test_what_was_checked_cannot_be_changed() -> None:
     tables = np.array([[2**31 + 5, 0]], np.uint32)
     with pytest.raises(MetadataError, match="entry 0"):
         ad.AttentionMetadata.build([1], [3], tables, 32)
+
+
+def test_a_batch_of_decodes_advances() -> None:
+    """Every step is what `build` gives: across ends of blocks, with padding, with tables that grow."""
+    lens, tables = [7, 8, 0, 15], [[3], [5], [], [0, 9]]
+    free = iter(range(20, 99))
+    batch = ad.AttentionMetadata.build([1] * 4, lens, tables, 8)
+    for _ in range(40):
+        new = {s: next(free) for s in range(4) if lens[s] and lens[s] % 8 == 0}
+        for s, block in new.items():
+            tables[s] = [*tables[s], block]
+        lens = [n + (n > 0) for n in lens]
+        batch = batch.advance(new)
+        built = ad.AttentionMetadata.build([1] * 4, lens, tables, 8)
+        for name in ("query_start_loc", "seq_lens", "slot_mapping"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(built, name))
+        width = built.block_table.shape[1]
+        np.testing.assert_array_equal(batch.block_table[:, :width], built.block_table)
+        assert not batch.block_table[:, width:].any()
+        np.testing.assert_array_equal(batch.own.used_blocks, built.own.used_blocks)
+        assert (batch.highest_block, batch.own.num_written) == (built.highest_block, built.own.num_written)
+        with pytest.raises(ValueError, match="read-only"):
+            batch.seq_lens[0] = 0
+
+
+def test_a_batch_does_not_advance_into_what_others_read() -> None:
+    batch = ad.AttentionMetadata.build([1, 1], [8, 15], [[3], [5, 6]], 8)
+    for new, words in (
+        ({}, r"sequences \[0\] begin a new block"),
+        ({0: 7, 1: 8}, r"new_blocks has one for \[0, 1\]"),
+        ({0: -1}, "a block id is 0 or more"),
+        ({0: 5}, "sequence 0 writes slot 40 .* sequence 1 reads"),
+    ):
+        with pytest.raises(MetadataError, match=words):
+            batch.advance(new)
+    # One behind the other in a shared block: fine now, not in the next step.
+    behind = ad.AttentionMetadata.build([1, 0], [6, 5], [[3], [3]], 8)
+    with pytest.raises(MetadataError, match="no new token"):
+        behind.advance()
+    with pytest.raises(MetadataError, match="batches of decodes"):
+        ad.AttentionMetadata.build([2], [8], [[3]], 8).advance({0: 1})
+    older = ad.AttentionMetadata.build([1], [8], [[3]], 8)
+    newer = older.advance({0: 4})
+    assert older.block_table.tolist() == [[3]]
+    assert newer.block_table[0, :2].tolist() == [3, 4]

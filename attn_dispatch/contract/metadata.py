@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -40,7 +40,7 @@ class BatchView:
     @cached_property
     def query_lens(self) -> I32:
         """Query rows of each sequence, i32[S]."""
-        return np.diff(self.query_start_loc)
+        return self.query_start_loc[1:] - self.query_start_loc[:-1]
 
     @cached_property
     def max_query_len(self) -> int:
@@ -245,6 +245,25 @@ class AttentionMetadata:
         """Make a batch that writes one side of another batch and attends to nothing: k and v, and no rows of q."""
         return cls._of(np.zeros(len(side.lens) + 1, np.int32), side)
 
+    def advance(self, new_blocks: Mapping[int, int] | None = None) -> Self:
+        """Return the next step's batch, when every sequence decodes one token further: what an engine's loop costs.
+
+        Sequences of length 0 stay padding.
+
+        Args:
+            new_blocks: sequence -> block, for each sequence whose blocks are full: its token begins that block.
+
+        Raises:
+            MetadataError: this batch is not of decodes (one new token each), a block is missing, not needed, or
+                another sequence reads it.
+        """
+        if self.encoder is not None or self.own.start_loc is not self.query_start_loc or self.max_query_len > 1:
+            raise MetadataError("advance() is for batches of decodes: one new token in each sequence, and no encoder")
+        if len(self.own.slots) != self.num_seqs:
+            raise MetadataError("advance() is for batches of decodes, and a sequence of this one has no new token")
+        side = self.own.advance("", {} if new_blocks is None else new_blocks)
+        return self._of(side.start_loc, side)
+
     @property
     def seq_lens(self) -> I32:
         """Tokens that are in the cache after this step, i32[S]."""
@@ -283,8 +302,8 @@ class AttentionMetadata:
     @cached_property
     def query_lens(self) -> I32:
         """New tokens of each sequence, i32[S]."""
-        lens = np.diff(self.query_start_loc)
-        lens.flags.writeable = False
+        lens = self.query_start_loc[1:] - self.query_start_loc[:-1]
+        lens.setflags(write=False)
         return lens
 
     @cached_property

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Side:
         used_blocks: i32[S], blocks that each sequence uses.
         num_written: rows that are written.
         highest_block: the highest block id in use, so that a cache's size is checked in O(1) (-1: none).
+        exclusive: every block that is written is in one place of one table, so that later tokens fit behind it too.
     """
 
     start_loc: I32
@@ -49,6 +50,7 @@ class Side:
     used_blocks: I32
     num_written: int
     highest_block: int
+    exclusive: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -58,7 +60,7 @@ class Side:
     @cached_property
     def new_lens(self) -> I32:
         """New tokens of each sequence, i32[S]."""
-        return np.diff(self.start_loc)
+        return self.start_loc[1:] - self.start_loc[:-1]
 
     @cached_property
     def writes_all(self) -> bool:
@@ -110,7 +112,7 @@ class Side:
         Raises:
             MetadataError: naming the sequence, the value and the limit.
         """
-        new_lens = np.diff(start_loc)
+        new_lens = start_loc[1:] - start_loc[:-1]
         num_seqs, rows = len(new_lens), int(start_loc[-1])
         for name, length in ((f"{prefix}seq_lens", len(lens)), (f"{prefix}block_table", len(table))):
             if length != num_seqs:
@@ -122,6 +124,7 @@ class Side:
         if num_seqs and lens.min() < 0:
             s = int(np.argmax(lens < 0))
             raise MetadataError(f"sequence {s}: {prefix}seq_lens={int(lens[s])} is negative")
+        short = bool((lens < new_lens).any())
         used = -(-lens // np.int32(block_size))
         has_table = bool(table.shape[1])
         if not has_table:
@@ -131,7 +134,7 @@ class Side:
         else:
             written = slots >= 0
             num_written = int(np.count_nonzero(written))
-        if (lens < new_lens).any():
+        if short:
             _refuse_short(prefix, lens, new_lens, start_loc, slots)
         if not has_table and not num_written:
             no_slots = np.full(rows, -1, np.int64) if slots is None else slots
@@ -152,21 +155,26 @@ class Side:
                 f"sequence {s}: {int(lens[s])} tokens need {int(used[s])} blocks of {block_size}, "
                 f"its {prefix}block_table has {table.shape[1]}"
             )
-        in_use = np.arange(table.shape[1], dtype=np.int32) < used[:, None]
-        table = np.where(in_use, table, np.int32(0))
-        if table.min(initial=0) < 0:
+        table = np.where(_columns(table.shape[1]) < used[:, None], table, _ZERO)
+        # Read as unsigned, a negative id is larger than any that is allowed.
+        highest = int(table.view(np.uint32).max(initial=0))
+        if highest > _INT32_MAX:
             s, entry = (int(i) for i in np.argwhere(table < 0)[0])
             raise MetadataError(
                 f"sequence {s}: entry {entry} of its {prefix}block_table is {int(table[s, entry])}, but its "
                 f"{int(lens[s])} tokens use {int(used[s])} blocks: a used entry must be a block id, 0 or more"
             )
-        highest = int(table.max(initial=0)) if used.any() else -1
+        if not highest and not used.any():
+            highest = -1
         expected = _slots_of(block_size, start_loc, new_lens, lens, table)
         if slots is None:
-            slots, num_written = expected, int(np.count_nonzero(expected >= 0)) if (lens < new_lens).any() else rows
+            slots, num_written = expected, int(np.count_nonzero(expected >= 0)) if short else rows
         elif num_written:
             assert written is not None
             _check_slots(prefix, slots, expected, written, num_written == rows, start_loc, block_size)
+        exclusive = False
+        if num_written:
+            exclusive = _writes_alone(slots, num_written, table, used, highest, block_size)
         side = cls(
             start_loc=start_loc,
             lens=lens,
@@ -176,34 +184,72 @@ class Side:
             used_blocks=used,
             num_written=num_written,
             highest_block=highest,
+            exclusive=exclusive,
         )
-        if num_written and shared_writes:
+        if num_written and not exclusive:
             side._check_written_once()
-        elif num_written:
+            if not shared_writes:
+                side._check_shared_writes(prefix)
+        return side._lock()
+
+    def advance(self, prefix: str, new_blocks: Mapping[int, int]) -> Side:
+        """Return the side one token further in every sequence; see `AttentionMetadata.advance`."""
+        size = self.block_size
+        full = np.flatnonzero(self.lens % size == 0)
+        table = self._appended(prefix, full, new_blocks)
+        if not self.exclusive or self.num_written != len(self.slots):  # padding, or blocks that others read: all checks
+            lens = self.lens + (self.lens > 0).astype(np.int32)
+            return Side.of(prefix, size, self.start_loc, lens, table, None)
+        used, highest, slots = self.used_blocks, self.highest_block, self.slots + 1
+        exclusive = True
+        if new_blocks:
+            used = used.copy()
+            used[full] += 1
+            blocks = table[full, used[full] - 1]
+            slots[full] = blocks.astype(np.int64) * size
+            highest = max(highest, int(blocks.max()))
+            exclusive = _writes_alone(slots, len(slots), table, used, highest, size)
+        side = Side(
+            start_loc=self.start_loc,
+            lens=self.lens + np.int32(1),
+            table=table,
+            slots=slots,
+            block_size=size,
+            used_blocks=used,
+            num_written=self.num_written,
+            highest_block=highest,
+            exclusive=exclusive,
+        )
+        if not exclusive:
             side._check_shared_writes(prefix)
         return side._lock()
 
+    def _appended(self, prefix: str, full: npt.NDArray[np.intp], new_blocks: Mapping[int, int]) -> I32:
+        """Return a table with a further block for every sequence whose blocks are full, and for no other."""
+        needed = {s for s in full.tolist() if self.lens[s]}
+        if needed != new_blocks.keys():
+            raise MetadataError(
+                f"sequences {sorted(needed)} begin a new block with this token; {prefix}new_blocks has one for "
+                f"{sorted(new_blocks)}"
+            )
+        if not needed:
+            return self.table
+        sequences = np.fromiter(new_blocks, np.int64, len(new_blocks))
+        blocks = np.fromiter(new_blocks.values(), np.int64, len(new_blocks))
+        if blocks.min() < 0 or blocks.max() > _INT32_MAX:
+            raise MetadataError(f"{prefix}new_blocks={dict(new_blocks)}: a block id is 0 or more")
+        width = self.table.shape[1]
+        entry = self.used_blocks[sequences]
+        missing = int(entry.max()) + 1 - width
+        # Room for several more, so that a table is not copied at every block.
+        table = np.pad(self.table, ((0, 0), (0, missing + 7))) if missing > 0 else self.table.copy()
+        table[sequences, entry] = blocks
+        return table
+
     def _lock(self) -> Side:
         for array in (self.start_loc, self.lens, self.table, self.slots, self.used_blocks):
-            array.flags.writeable = False
+            array.setflags(write=False)
         return self
-
-    def _check_shared_writes(self, prefix: str) -> None:
-        """Refuse a token that is written below another use of its block: a copy-on-write that was forgotten."""
-        written = self.slots if self.num_written == len(self.slots) else self.slots[self.slots >= 0]
-        blocks = written // self.block_size
-        unused = self.table.size - int(self.used_blocks.sum())
-        if self.highest_block < _COUNTED_BLOCKS:
-            uses = np.bincount(self.table.ravel(), minlength=1)
-            uses[0] -= unused
-            if uses[blocks].max() == 1:
-                return
-        else:
-            ids, uses = np.unique(self.table, return_counts=True)
-            uses[0] -= unused if ids[0] == 0 else 0
-            if uses[np.searchsorted(ids, blocks)].max() == 1:
-                return
-        self._find_shared_write(prefix)
 
     def _check_written_once(self) -> None:
         slots = np.sort(self.slots[self.slots >= 0])
@@ -218,8 +264,8 @@ class Side:
                 "write into"
             )
 
-    def _find_shared_write(self, prefix: str) -> None:
-        self._check_written_once()
+    def _check_shared_writes(self, prefix: str) -> None:
+        """Refuse a token that is written below another use of its block: a copy-on-write that was forgotten."""
         size = self.block_size
         position = _positions(self.start_loc, self.new_lens, self.lens)
         sequence = np.repeat(np.arange(len(self.lens)), self.new_lens)
@@ -235,6 +281,30 @@ class Side:
                         f"{prefix}block_table): copy the block first (cache.copy_blocks), or say shared_writes=True "
                         "if both are meant to have the same token there"
                     )
+
+
+_ZERO, _ONE = np.int32(0), np.int32(1)
+
+
+@lru_cache(maxsize=64)
+def _columns(width: int) -> I32:
+    """Return 0, 1, ... as i32[width]."""
+    columns = np.arange(width, dtype=np.int32)
+    columns.flags.writeable = False
+    return columns
+
+
+def _writes_alone(slots: I64, num_written: int, table: I32, used: I32, highest: int, block_size: int) -> bool:
+    """Tell whether each block that is written stands once in all tables together."""
+    blocks = (slots if num_written == len(slots) else slots[slots >= 0]) // block_size
+    unused = table.size - int(used.sum())
+    if highest < _COUNTED_BLOCKS:
+        uses = np.bincount(table.ravel())
+        uses[0] -= unused
+        return int(uses[blocks].max()) == 1
+    ids, uses = np.unique(table, return_counts=True)
+    uses[0] -= unused if ids[0] == 0 else 0
+    return int(uses[np.searchsorted(ids, blocks)].max()) == 1
 
 
 def _refuse_short(prefix: str, lens: I32, new: I32, start: I32, slots: I64 | None) -> None:
@@ -265,8 +335,6 @@ def _positions(start: I32, new_lens: I32, lens: I32) -> I64:
     """Return the position of every new token in its sequence, i64[rows]; negative in padding."""
     first = (lens - new_lens).astype(np.int64)
     rows = int(start[-1])
-    if rows == len(new_lens) and rows and new_lens.min() == 1:  # all decode: the hot case
-        return first
     return np.arange(rows, dtype=np.int64) - np.repeat(start[:-1] - first, new_lens)
 
 
@@ -278,13 +346,17 @@ def _slots_of(block_size: int, start: I32, new_lens: I32, lens: I32, table: I32)
     rows = int(start[-1])
     if not rows:
         return np.zeros(0, np.int64)
-    position = _positions(start, new_lens, lens)
+    if rows == len(new_lens) and bool((new_lens == 1).all()):  # all decode: the hot case
+        sequence, position = _columns(rows), lens - _ONE
+    else:
+        sequence = np.repeat(_columns(len(new_lens)), new_lens)
+        position = _positions(start, new_lens, lens)  # type: ignore[assignment]
     padding = position.min() < 0
-    block, offset = np.divmod(np.maximum(position, 0) if padding else position, block_size)
-    sequence = np.arange(rows) if rows == len(new_lens) == len(position) and new_lens.min() == 1 else None
-    if sequence is None:
-        sequence = np.repeat(np.arange(len(new_lens)), new_lens)
-    slots: I64 = table[sequence, block].astype(np.int64) * block_size + offset
+    at = np.maximum(position, 0) if padding else position
+    block = at // block_size
+    slots: I64 = table[sequence, block].astype(np.int64)
+    slots *= block_size
+    slots += at - block * block_size
     return np.where(position < 0, np.int64(-1), slots) if padding else slots
 
 
