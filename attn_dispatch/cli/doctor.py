@@ -94,9 +94,10 @@ def page(diagnosis: Diagnosis) -> str:
     parts = [paragraph("Machine", f"{machine.name}: {machine.description}")]
     parts += [paragraph("  !", str(note)) for key in ("problems", "notes") for note in machine.facts.get(key, ())]
     parts += [f"\n{emphasised('Platforms')}", table([_platform_row(name, diagnosis) for name in hardware.NAMES])]
-    if not registry.ranked(diagnosis.platform):
-        for command in install_commands(diagnosis.platform):
-            parts.append(paragraph("  !", f"for {diagnosis.platform}: {command}"))
+    if commands := install_commands(diagnosis.platform, registry.names()):
+        mark = "  +" if registry.ranked(diagnosis.platform) else "  !"
+        parts.append(f"More for {diagnosis.platform}:")
+        parts += [paragraph(mark, command) for command in commands]
     parts += [f"\n{emphasised('Backends')}", table([_backend_row(report, diagnosis) for report in diagnosis.reports])]
     parts += [paragraph("!", text) for text in [*registry.problems, *diagnosis.problems]]
     absent = {report.name for report in diagnosis.reports if report.state == "absent"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,13 @@ def _from_json(row: dict[str, Any]) -> Installable:
     return Installable(**{**row, **lists})
 
 
-def install_commands(platform: str, core: Path = _CORE) -> list[str]:
-    """Return the commands that install backends for a platform, those that are made for it alone first."""
-    fitting = [entry for entry in _installables(core) if platform in entry.platforms]
+def install_commands(platform: str, installed: Collection[str] = (), core: Path = _CORE) -> list[str]:
+    """Return the commands that install more backends for a platform, those that are made for it alone first.
+
+    Args:
+        platform: its name.
+        installed: backends that need not be installed, by name.
+        core: the folder of attn_dispatch.
+    """
+    fitting = [e for e in _installables(core) if platform in e.platforms and not set(e.backends) <= set(installed)]
     return [entry.command for entry in sorted(fitting, key=lambda entry: (len(entry.platforms), entry.distribution))]

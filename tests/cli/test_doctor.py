@@ -209,7 +209,7 @@ def test_hints_name_what_is_there(tmp_path: Path) -> None:
     # Installed from wheels there is no checkout: what was written down when the wheel was built is said.
     core = tmp_path / "site" / "attn_dispatch"
     core.mkdir(parents=True)
-    assert installable.install_commands("cpu", core) == []
+    assert installable.install_commands("cpu", core=core) == []
     row = {
         "distribution": "a",
         "extra": "x",
@@ -218,8 +218,9 @@ def test_hints_name_what_is_there(tmp_path: Path) -> None:
         "command": "pip install 'c[x]'",
     }
     (core / "installable.json").write_text(json.dumps([row]))
-    assert installable.install_commands("cpu", core) == ["pip install 'c[x]'"]
-    assert installable.install_commands("tpu", core) == []
+    assert installable.install_commands("cpu", core=core) == ["pip install 'c[x]'"]
+    assert installable.install_commands("tpu", core=core) == []
+    assert installable.install_commands("cpu", ["a/b"], core) == []
 
 
 def test_a_new_platform_is_offered_without_an_edit_elsewhere(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_a_new_platform_is_offered_without_an_edit_elsewhere(tmp_path: Path) -> 
         '[project]\nname = "attn-dispatch-new"\n'
         '[project.entry-points."attn_dispatch.backends.xpu"]\n"10 new/paged" = "new:Backend"\n'
     )
-    assert installable.install_commands("xpu", tmp_path / "attn_dispatch") == [f"pip install -e {folder}"]
+    assert installable.install_commands("xpu", core=tmp_path / "attn_dispatch") == [f"pip install -e {folder}"]
 
 
 def test_tables_are_wrapped_to_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
