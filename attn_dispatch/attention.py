@@ -10,14 +10,27 @@ import numpy as np
 
 from attn_dispatch import dispatch
 from attn_dispatch.backend import Backend, Call, Plan, Verdict
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView, KVCache, LayerParameters
+from attn_dispatch.contract import (
+    Array,
+    AttentionMetadata,
+    AttentionSpec,
+    BatchView,
+    CacheLayout,
+    KVCache,
+    LayerParameters,
+    layout_named,
+)
+from attn_dispatch.contract.adoption import adopt
 from attn_dispatch.contract.array_checks import check_out, check_plain
-from attn_dispatch.contract.arrays import as_library, library_of
+from attn_dispatch.contract.arrays import as_library, empty_like, library_of
 from attn_dispatch.contract.dtypes import dtype_name
 from attn_dispatch.contract.gradient import without_gradient
 from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, MetadataError, PlanError, SpecError
 
 __all__ = ["Attention", "attention"]
+
+_WRITTEN = "attn_dispatch.attention.write"
+"""Where a cache remembers the step that was written into it last."""
 
 
 class Attention:
@@ -76,6 +89,33 @@ class Attention:
         except (MemoryError, OverflowError) as error:
             raise CacheError(f"num_blocks={num_blocks} of {self.spec.geometry} cannot be had: {error}") from error
 
+    def adopt(self, key: Array, value: Array | None = None, *, layout: str | CacheLayout | None = None) -> KVCache:
+        """Return a cache over memory that an engine owns: checked, not copied, not zeroed.
+
+        What unused slots hold is then the engine's to answer for (clause 2: finite, unless the backend is `nan_safe`).
+
+        Args:
+            key: the array of keys in the layout's order, or the one array of a joint layout.
+            value: the array of values (None: the layout is joint).
+            layout: the order of their axes (None: this backend's).
+
+        Raises:
+            CacheError: another layout than the backend's, a shape, type, device or strides that would give wrong
+                results or lose what is written.
+        """
+        expected = self.backend.layout(self.spec)
+        actual = expected if layout is None else layout_named(layout) if isinstance(layout, str) else layout
+        if actual != expected:
+            raise CacheError(f"{self._name} reads layout {expected.name}, the arrays are in {actual.name}")
+        names = [name for name, _ in actual.arrays]
+        given = [array for array in (key, value) if array is not None]
+        if len(given) != len(names) or actual.per_token_scales:
+            raise CacheError(
+                f"layout {actual.name} consists of {', '.join(names)}: it cannot be made of {len(given)} arrays"
+            )
+        arrays = dict(zip(names, given, strict=True))
+        return adopt(self.backend, self.spec.geometry, actual, arrays, self.backend.capabilities.cache_views)
+
     def plan(self, metadata: AttentionMetadata) -> Plan:
         """Prepare a step, once for all the layers of this spec.
 
@@ -104,6 +144,50 @@ class Attention:
                 "of a causal layer is at the last key, and so the first ones would be before the first"
             )
 
+    def write(self, plan: Plan, k: Array, v: Array, cache: KVCache) -> None:
+        """Write a step's new keys and values, and attend to nothing: for engines that have k and v before q.
+
+        `run` with the same plan and cache is then given neither k nor v, and attends alone.
+
+        Args:
+            plan: of this step, from `plan`.
+            k: [rows, K, D].
+            v: [rows, K, Dv].
+            cache: the layer's.
+
+        Raises:
+            ArrayError, CacheError, PlanError: before anything has been written.
+        """
+        spec = self.spec
+        if not spec.writes_kv:
+            raise PlanError(f"the layer reads another's cache (writes_kv=False): {spec}")
+        self._check_plan(plan)
+        layer = self._half(spec)
+        half = plan.halves.get("write")
+        if half is None:
+            half = plan.halves["write"] = layer.plan(AttentionMetadata.write_only(plan.view.side))
+        layer.run(half, empty_like(k, (0, *self._q_row)), k, v, cache)
+        cache.backend_state[_WRITTEN] = plan
+
+    def _half(self, spec: AttentionSpec) -> Attention:
+        """Return the plain decoder layer that writes this one's cache."""
+        plain = replace(
+            spec, kind="decoder", causal=True, window=(-1, -1), logits_soft_cap=None, alibi=False, sinks=False,
+            returns_lse=False,
+        )  # fmt: skip
+        scales = LayerParameters(plain, k_scale=self.parameters.k_scale, v_scale=self.parameters.v_scale)
+        layer: Attention = self.parameters.memoize(_WRITTEN, lambda: Attention(plain, self.backend, scales))
+        return layer
+
+    def _read_plan(self, plan: Plan) -> Plan:
+        """Return the plan of a step whose keys and values `write` has written."""
+        half = plan.halves.get("read")
+        if half is None:
+            reads = replace(self.spec, writes_kv=False)
+            half = plan.halves["read"] = self.backend.plan(reads, AttentionMetadata.of_view(plan.view))
+            half.backend = self._name
+        return half
+
     def run(
         self,
         plan: Plan,
@@ -121,7 +205,7 @@ class Attention:
             plan: of this step, from `plan` of a layer with an equal spec and the same backend.
             q: [T, H, D].
             k: [T, K, D]. (Of a cross layer: the encoder's new tokens.) A layer with `writes_kv=False` needs none, and
-                does not look at them.
+                does not look at them; nor does a step that `write` has written into this cache.
             v: [T, K, Dv], likewise.
             cache: the layer's cache. None only for an encoder layer.
             out: [T, H, Dv] to write into, of the library that q is of.
@@ -134,9 +218,7 @@ class Attention:
             ArrayError, CacheError, PlanError: before anything has been written.
         """
         spec = self.spec
-        if plan.spec is not spec and plan.spec != spec:
-            raise PlanError(f"the plan is for {plan.spec}; this layer is {spec}")
-        if plan.backend != self._name:
+        if (plan.spec is not spec and plan.spec != spec) or plan.backend != self._name:
             self._check_plan(plan)
         try:
             library = library_of(q)
@@ -148,6 +230,8 @@ class Attention:
             self._check_array("v", v, (plan.num_new, *self._v_row), library)
             if not spec.writes_kv and cache is not None:
                 k = v = None  # the other layer has written its own
+        elif k is None and v is None and cache is not None and cache.backend_state.get(_WRITTEN) is plan:
+            plan = self._read_plan(plan)
         else:
             self._check_nothing_to_write(plan, k, v)
         if out is not None:
@@ -191,8 +275,10 @@ class Attention:
         return without_gradient(result, inputs)
 
     def _check_plan(self, plan: Plan) -> None:
-        """Refuse another backend's plan; one that was made by the backend itself (fixed plans) need not say whose."""
-        if plan.backend:
+        """Refuse another layer's or backend's plan; one of the backend's own (fixed plans) need not say whose it is."""
+        if plan.spec != self.spec:
+            raise PlanError(f"the plan is for {plan.spec}; this layer is {self.spec}")
+        if plan.backend not in ("", self._name):
             raise PlanError(
                 f"the plan was made by {plan.backend}, this layer runs on {self._name}: plan with this layer"
             )

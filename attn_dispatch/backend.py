@@ -25,6 +25,7 @@ from attn_dispatch.contract import (
     CacheLayout,
     KVCache,
 )
+from attn_dispatch.contract.adoption import CacheViews
 from attn_dispatch.contract.arrays import as_library, device_of, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError, PlanError
@@ -109,6 +110,8 @@ class Capabilities:
         nan_safe: its output does not depend on unused slots even when they hold NaN (clause 2).
         rounds_kv_to: a type to which the runtime rounds keys and values of its own accord (clause 7).
         applies_scales: it applies a layer's k_scale and v_scale; if not, only scales of 1 are accepted (clause 12).
+        cache_views: what it reads and writes in place of memory that an engine owns (`Attention.adopt`): "strided", any
+            strides with a dense last axis; "blocks", blocks that may lie apart; "dense", contiguous arrays alone.
         fixed_plans: it has `fixed_plan`: plans whose buffers stay, for graphs that are captured once.
     """
 
@@ -117,6 +120,7 @@ class Capabilities:
     rounds_kv_to: str | None = None
     applies_scales: bool = True
     fixed_plans: bool = False
+    cache_views: CacheViews = "dense"
 
 
 class Backend(abc.ABC):

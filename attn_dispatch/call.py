@@ -21,6 +21,7 @@ class Plan:
         num_tokens: rows of q, T.
         num_new: rows of k and v.
         highest_block: the highest block that the step touches.
+        halves: plans that only write, and only read, made when `Attention.write` first wants them.
     """
 
     spec: AttentionSpec
@@ -29,6 +30,7 @@ class Plan:
     num_tokens: int = field(init=False)
     num_new: int = field(init=False)
     highest_block: int = field(init=False)
+    halves: dict[str, Plan] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.num_tokens = self.view.num_tokens

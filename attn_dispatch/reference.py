@@ -23,7 +23,7 @@ F64 = npt.NDArray[np.float64]
 class ReferenceBackend(Backend):
     """Attention in float64 on the host, for every feature of the contract."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("numpy",), nan_safe=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("numpy",), nan_safe=True, cache_views="strided")
 
     def __init__(self, name: str = "reference") -> None:
         super().__init__(name)

@@ -21,6 +21,7 @@ __all__ = [
     "as_library",
     "as_numpy",
     "device_of",
+    "empty_like",
     "library_of",
     "permute",
 ]
@@ -132,6 +133,14 @@ def _torch_from_numpy(torch: Any, array: npt.NDArray[Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+def empty_like(array: Array, shape: Sequence[int]) -> Array:
+    """Return an array of another shape beside one: of its library, type and device. What it holds is undefined."""
+    library = library_of(array)
+    if library == "torch":
+        return array.new_empty(tuple(shape))
+    return (np if library == "numpy" else sys.modules["jax.numpy"]).empty(tuple(shape), array.dtype)
 
 
 def permute(array: Array, axes: Sequence[int]) -> Array:

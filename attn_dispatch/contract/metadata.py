@@ -245,6 +245,11 @@ class AttentionMetadata:
         """Make a batch that writes one side of another batch and attends to nothing: k and v, and no rows of q."""
         return cls._of(np.zeros(len(side.lens) + 1, np.int32), side)
 
+    @classmethod
+    def of_view(cls, view: BatchView) -> Self:
+        """Return a batch that layers of any kind with a cache see as this view."""
+        return cls._of(view.query_start_loc, view.side, view.side)
+
     def advance(self, new_blocks: Mapping[int, int] | None = None) -> Self:
         """Return the next step's batch, when every sequence decodes one token further: what an engine's loop costs.
 

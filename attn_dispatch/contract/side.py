@@ -350,7 +350,7 @@ def _slots_of(block_size: int, start: I32, new_lens: I32, lens: I32, table: I32)
         sequence, position = _columns(rows), lens - _ONE
     else:
         sequence = np.repeat(_columns(len(new_lens)), new_lens)
-        position = _positions(start, new_lens, lens)  # type: ignore[assignment]
+        position = _positions(start, new_lens, lens)
     padding = position.min() < 0
     at = np.maximum(position, 0) if padding else position
     block = at // block_size

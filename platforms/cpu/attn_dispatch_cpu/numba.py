@@ -28,7 +28,9 @@ HUGE_PAGES_FROM_BYTES = 1 << 22  # from this size on NumPy asks the system for h
 class NumbaBackend(Backend):
     """Attention compiled for this CPU by Numba."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities(libraries=("numpy", "torch"), nan_safe=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        libraries=("numpy", "torch"), nan_safe=True, cache_views="strided"
+    )
 
     def __init__(self, name: str = "cpu/numba") -> None:
         super().__init__(name)
