@@ -21,6 +21,7 @@ from attn_dispatch import errors
 from attn_dispatch import observe as _observe
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
+from attn_dispatch.block_size import common_size as common_block_size
 from attn_dispatch.contract import (
     CONTRACT_VERSION,
     HND,
@@ -80,6 +81,7 @@ __all__ = [
     "Verdict",
     "attention",
     "backends",
+    "common_block_size",
     "default_backend",
     "errors",
     "explain",

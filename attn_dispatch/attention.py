@@ -10,6 +10,7 @@ import numpy as np
 
 from attn_dispatch import dispatch
 from attn_dispatch.backend import Backend, Call, Plan, Verdict
+from attn_dispatch.block_size import accepted_sizes, resolved
 from attn_dispatch.contract import (
     Array,
     AttentionMetadata,
@@ -66,6 +67,11 @@ class Attention:
         """The verdict table of this layer's spec, asked when first wanted, and what decided when it was chosen."""
         table = dispatch.explain(self.spec, self.backend, scaled=self.parameters.scaled)
         return replace(table, requested=self._requested[0], source=self._requested[1])
+
+    @cached_property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Block sizes that this layer's backend accepts, the preferred first; `spec.block_size` is one of them."""
+        return accepted_sizes(self.backend, self.spec)
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
@@ -355,4 +361,5 @@ def attention(
     """
     parameters = LayerParameters(spec, alibi_slopes=alibi_slopes, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     selection = dispatch.select(spec, backend, scaled=parameters.scaled)
+    spec = resolved(selection.backend, spec)
     return Attention(spec, selection.backend, parameters, (selection.requested, selection.source))

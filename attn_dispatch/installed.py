@@ -6,6 +6,7 @@ from functools import cache
 
 from attn_dispatch import hardware
 from attn_dispatch.backend import Availability, Backend, Refusal, Verdict
+from attn_dispatch.block_size import resolved
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.errors import BackendLoadError, EnvironmentVariableError, UnknownBackendError, nearest
 from attn_dispatch.explanation import Specs, alternatives
@@ -103,7 +104,7 @@ def verdict_of(name: str | Backend, specs: AttentionSpec | Specs, scaled: bool =
 def _verdict(backend: Backend, specs: AttentionSpec | Specs) -> Verdict:
     verdicts = []
     for options in alternatives(specs):
-        answers = [backend.verdict(option) for option in options]
+        answers = [backend.verdict(resolved(backend, option)) for option in options]
         for answer in answers:
             _check_verdict(answer)
         verdicts.append(next((answer for answer in answers if answer), answers[0]))

@@ -23,6 +23,7 @@ FLOORS = [
     {"settings", "merge", "observe"},
     {"call"},
     {"backend"},
+    {"block_size"},
     {"reference", "registry", "cache", "explanation"},
     {"installed"},
     {"request"},

@@ -42,7 +42,7 @@ class AttentionSpec:
         value_head_size: value head size, Dv (None: D).
         dtype: type of queries, new keys, new values and outputs.
         kv_cache_dtype: type that the cache stores (None: `dtype`).
-        block_size: tokens in a cache block, B.
+        block_size: tokens in a cache block, B (None: what the chosen backend prefers; the layer's `spec` has it).
         scale: factor on the scores (None: 1 / sqrt(D)).
         causal: bottom-right aligned: the last query sees every key (None: True for decoders, else False).
         window: tokens visible to the (left, right) of a query's own position, -1 = open. `(W - 1, 0)` is the last W
@@ -65,7 +65,7 @@ class AttentionSpec:
     value_head_size: int = None  # type: ignore[assignment]
     dtype: str = "bfloat16"
     kv_cache_dtype: str = None  # type: ignore[assignment]
-    block_size: int = DEFAULT_BLOCK_SIZE
+    block_size: int = DEFAULT_BLOCK_SIZE  # or None; see above
     scale: float = None  # type: ignore[assignment]
     causal: bool = None  # type: ignore[assignment]
     window: tuple[int, int] = (-1, -1)
@@ -78,10 +78,12 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_size", "value_head_size", "block_size"):
-            given = getattr(self, name)
-            if given is None:
-                given = self.num_heads if name == "num_kv_heads" else self.head_size
-            self._set(name, _positive(name, given))
+            value = getattr(self, name)
+            if value is None and name == "block_size":
+                continue
+            if value is None:
+                value = self.num_heads if name == "num_kv_heads" else self.head_size
+            self._set(name, _positive(name, value))
         if self.num_heads % self.num_kv_heads:
             raise SpecError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         self._set("dtype", dtype_name(self.dtype))
@@ -137,6 +139,11 @@ class AttentionSpec:
                 f"causal={self.causal}, window={self.window}, alibi={self.alibi} must be False, (-1, -1), False"
             )
 
+    @property
+    def has_block_size(self) -> bool:
+        """Whether there is one, not left to the backend."""
+        return self.block_size is not None
+
     @cached_property
     def group_size(self) -> int:
         """Query heads that share a key/value head, H / K."""
@@ -144,7 +151,13 @@ class AttentionSpec:
 
     @cached_property
     def geometry(self) -> CacheGeometry:
-        """What a cache must have in common with this spec."""
+        """What a cache must have in common with this spec.
+
+        Raises:
+            SpecError: its block size is left to the backend.
+        """
+        if not self.has_block_size:
+            raise SpecError("block_size=None is for ad.attention() to fill in: use the spec of the layer, attn.spec")
         return CacheGeometry(
             self.num_kv_heads, self.head_size, self.value_head_size, self.block_size, self.kv_cache_dtype
         )

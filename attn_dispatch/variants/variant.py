@@ -95,6 +95,8 @@ def refuse_fields(what: str, spec: AttentionSpec, *names: str) -> None:
     Raises:
         SpecError: naming the field.
     """
+    if not spec.has_block_size:
+        raise SpecError(f"{what}: block_size=None is for plain layers; choose one (ad.attention(spec).block_sizes)")
     plain = AttentionSpec(num_heads=spec.num_heads, head_size=spec.head_size, kind=spec.kind)
     for name in names:
         found, expected = getattr(spec, name), getattr(plain, name)
