@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from attn_dispatch import dispatch, hardware
+from attn_dispatch.backend import Verdict
+from attn_dispatch.block_size import resolved
 from attn_dispatch.cli.installable import install_commands
 from attn_dispatch.cli.model_config import layer_kinds
 from attn_dispatch.cli.options import add_spec_options, spec_of
@@ -104,7 +106,10 @@ def page(diagnosis: Diagnosis) -> str:
     for title, explanation in diagnosis.layers:
         # What was said above of a backend that is not here is not said again for each layer.
         asked = [v for v in explanation.verdicts if v.backend not in absent or v.backend == explanation.requested]
-        rows = [[f"{v.backend}{' <' * (v.backend == explanation.chosen)}", v.answer, str(v)] for v in asked]
+        rows = [
+            [f"{v.backend}{' <' * (v.backend == explanation.chosen)}", v.answer, _why(v, explanation.spec)]
+            for v in asked
+        ]
         parts += [f"\n{emphasised('Who runs')} {title}{explanation.spec}", table(rows)]
         parts.append(
             f"{emphasised(explanation.chosen)} would run, by {explanation.source}."
@@ -112,6 +117,16 @@ def page(diagnosis: Diagnosis) -> str:
             else emphasised("Nothing can run this layer.", "1;31")
         )
     return "\n".join(parts)
+
+
+def _why(verdict: Verdict, spec: AttentionSpec) -> str:
+    """Return what a verdict says beyond its yes: a note, and the block size where it was left to the backend."""
+    if not verdict:
+        return str(verdict)
+    parts = [verdict.note] if verdict.note else []
+    if not spec.has_block_size:
+        parts.append(f"block_size={resolved(dispatch.registry().load(verdict.backend), spec).block_size}")
+    return ", ".join(parts)
 
 
 def _platform_row(name: str, diagnosis: Diagnosis) -> list[str]:
@@ -138,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
         "--model", type=Path, metavar="DIR", help="a transformers model: ask about each kind of its layers"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    add_spec_options(parser, num_heads=32, num_kv_heads=8, head_size=128, dtype="bfloat16", block_size=32)
+    add_spec_options(parser, num_heads=32, num_kv_heads=8, head_size=128, dtype="bfloat16")
     options = parser.parse_args(arguments)
     try:
         specs = [("", spec_of(options))]

@@ -24,7 +24,7 @@ def layer_kinds(
 
     Args:
         folder: of a transformers model.
-        block_size: B of the specs.
+        block_size: B of the specs (None: what the backends prefer).
         kv_cache_dtype: type that the cache stores (None: the model's).
 
     Returns:

@@ -49,4 +49,5 @@ def spec_of(arguments: argparse.Namespace) -> AttentionSpec:
         SpecError: there is no such layer.
     """
     values = {field.name: getattr(arguments, field.name) for field in fields(AttentionSpec)}
-    return AttentionSpec(**{name: value for name, value in values.items() if value is not None})
+    # Without a block size each backend is asked for the one that it prefers.
+    return AttentionSpec(**{n: value for n, value in values.items() if value is not None or n == "block_size"})

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attn_dispatch.backend import Backend
+from attn_dispatch.block_size import resolved
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.dispatch import registry, verdict_of
 from attn_dispatch.errors import BackendLoadError
@@ -111,18 +112,18 @@ def _try_step(backend: Backend) -> tuple[str, str]:
 
     refusal = ""
     for dtype in ("float32", "bfloat16"):
-        for block_size in (32, 16, 64, 128):
-            spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=128, dtype=dtype, block_size=block_size)
-            verdict = verdict_of(backend, spec)
-            if verdict.failed:
-                return "broken", str(verdict)
-            if verdict:
-                try:
-                    run_case(backend, Case("doctor's step", "", spec, (6, 0), (1, 3)))
-                except ConformanceError as error:
-                    return "broken", str(error)
-                return "ok", ""
-            refusal = refusal or f"refuses every layer that was tried, as {spec}: {verdict}"
+        sizes: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_size": 128, "block_size": None}
+        spec = AttentionSpec(dtype=dtype, **sizes)
+        verdict = verdict_of(backend, spec)
+        if verdict.failed:
+            return "broken", str(verdict)
+        if verdict:
+            try:
+                run_case(backend, Case("doctor's step", "", resolved(backend, spec), (6, 0), (1, 3)))
+            except ConformanceError as error:
+                return "broken", str(error)
+            return "ok", ""
+        refusal = refusal or f"refuses every layer that was tried, as {spec}: {verdict}"
     return "untried", refusal
 
 

@@ -86,6 +86,7 @@ def test_doctor_tells_of_each_kind_of_a_models_layers(tmp_path: Path) -> None:
     assert "2 layers, sliding_attention" in done.stdout
     assert "2 layers, full_attention" in done.stdout
     assert done.stdout.count("would run") == 2
+    assert done.stdout.count("block_size=32") == 2  # what the reference prefers, as nothing else was asked for
     wrong = run("doctor", "--model", str(tmp_path / "nowhere"))
     assert (wrong.returncode, "config.json cannot be read" in wrong.stderr) == (2, True)
 
