@@ -20,9 +20,9 @@ import transformers
 from rich.console import Console
 
 import attn_dispatch as ad
-from attn_dispatch.cli.models import find_model
-from attn_dispatch.integrations.loading import load
 from attn_dispatch.integrations.transformers import NAME, PagedCache
+from attn_dispatch_generate.loading import load
+from attn_dispatch_generate.models import find_model
 
 
 def timed(step: Callable[[], Any], times: list[float]) -> list[int]:
@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     folder = Path(find_model(given.model, Console(stderr=True)))
-    model, _ = load(folder, given.dtype, "cpu", given.threads)
+    model, _ = load(folder, given.dtype, "cpu")
+    if given.threads:
+        torch.set_num_threads(given.threads)
     backends = given.backend or [name for name, here in ad.backends().items() if here and name != "reference"]
     print(f"{folder.name}, {given.dtype}, context {given.context}, {torch.get_num_threads()} threads")
     with torch.inference_mode():

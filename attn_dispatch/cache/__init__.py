@@ -5,5 +5,9 @@ from attn_dispatch.cache.pool import BlockPool
 from attn_dispatch.cache.radix import PrefixTree
 from attn_dispatch.cache.results import OutOfBlocks, ScheduledStep, Swap, Usage
 from attn_dispatch.cache.sequence import Sequence
+from attn_dispatch.cache.waiting import WaitingQueue
 
-__all__ = ["BlockPool", "CacheManager", "OutOfBlocks", "PrefixTree", "ScheduledStep", "Sequence", "Swap", "Usage"]
+__all__ = [
+    "BlockPool", "CacheManager", "OutOfBlocks", "PrefixTree", "ScheduledStep", "Sequence", "Swap", "Usage",
+    "WaitingQueue",
+]  # fmt: skip

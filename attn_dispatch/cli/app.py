@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib.metadata import entry_points
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from attn_dispatch.cli import doctor, generate, verify
+from attn_dispatch.cli import doctor, verify
 from attn_dispatch.errors import AttentionDispatchError
 
 __all__ = ["app", "run"]
@@ -32,7 +33,8 @@ def _doctor(context: typer.Context) -> None:
 
 
 app.command("verify")(verify.verify)
-app.command("generate")(generate.generate)
+for _command in entry_points(group="attn_dispatch.commands"):
+    app.command(_command.name)(_command.load())
 
 
 def run() -> None:

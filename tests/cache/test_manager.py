@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 import attn_dispatch as ad
-from attn_dispatch.cache import BlockPool, CacheManager, OutOfBlocks, PrefixTree, ScheduledStep, Sequence, Swap
+from attn_dispatch.cache import (
+    BlockPool,
+    CacheManager,
+    OutOfBlocks,
+    PrefixTree,
+    ScheduledStep,
+    Sequence,
+    Swap,
+    WaitingQueue,
+)
 from attn_dispatch.errors import CacheError
 
 
@@ -552,3 +561,50 @@ def test_sequences_outside_the_prefix_cache() -> None:
     assert manager.usage().cached_blocks == 0
     manager.free(first)
     assert manager.usage().cached_blocks == 2
+
+
+def test_the_longest_cached_prefix_goes_first_and_none_starves() -> None:
+    manager = CacheManager(32, 2)
+    manager.free(begun(manager, [1, 1, 2, 2, 3]))
+    waiting = WaitingQueue(manager, max_passed=3)
+    prompts = {"cold": [9] * 5, "short": [1, 1, 7, 7, 7], "long": [1, 1, 2, 2, 5], "same": [1, 1, 2, 2, 6]}
+    names = {manager.begin(prompt): name for name, prompt in prompts.items()}
+    for seq in names:
+        waiting.append(seq)
+
+    def admit() -> str:
+        seq = waiting.first()
+        assert waiting.first() is seq  # asking changes nothing
+        waiting.remove(seq)
+        return names[seq]
+
+    order = [admit() for _ in range(3)]
+    assert order == ["long", "same", "short"]
+    names[late := manager.begin([1, 1, 2, 2, 8])] = "late"
+    waiting.append(late)
+    assert admit() == "cold"  # three have overtaken it
+    assert (admit(), len(waiting)) == ("late", 0)
+    in_order = WaitingQueue(manager, max_passed=0)
+    for seq in names:
+        in_order.append(seq)
+    assert names[in_order.first()] == "cold"
+
+
+def test_interleaved_prefixes_are_sorted_by_what_is_cached() -> None:
+    """Eight prefixes of 32 blocks that arrive in turn, and room for three: in order of arrival none is ever found."""
+
+    def hit_rate(max_passed: int) -> float:
+        manager = CacheManager(3 * 33, 4)
+        waiting = WaitingQueue(manager, max_passed=max_passed)
+        for i in range(64):
+            waiting.append(manager.begin([*[i % 8] * 128, i]))
+        while waiting:
+            seq = waiting.first()
+            waiting.remove(seq)
+            run(manager, seq)
+            manager.free(seq)
+        return manager.usage().hit_rate
+
+    assert hit_rate(0) == 0
+    assert hit_rate(64) > 0.8
+    assert hit_rate(16) > 0.5

@@ -59,9 +59,9 @@ def model(kind: str, implementation: str) -> Any:
 @pytest.mark.parametrize("block_size", [4, 48])
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_tokens_of_the_models_own_kernels(kind: str, block_size: int) -> None:
-    from attn_dispatch.integrations.engine import Engine
     from attn_dispatch.integrations.transformers import NAME as PAGED
     from attn_dispatch.integrations.transformers import register
+    from attn_dispatch_generate.engine import Engine
 
     register()
     with torch.inference_mode():

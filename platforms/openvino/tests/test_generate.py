@@ -61,9 +61,9 @@ def model(kind: str, implementation: str) -> Any:
 
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_the_tokens_of_the_models_own_kernels(kind: str) -> None:
-    from attn_dispatch.integrations.engine import Engine
     from attn_dispatch.integrations.transformers import NAME as PAGED
     from attn_dispatch.integrations.transformers import register
+    from attn_dispatch_generate.engine import Engine
 
     register()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What an `Engine` answers with: completions, and figures of how they came about."""
+"""Results of an `Engine`: completions, and figures of how they came about."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Completion:
     prompt: Sequence[int]
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
-    _held: cache.Sequence | None = None
+    _sequence: cache.Sequence | None = None
 
     @property
     def begun(self) -> bool:
-        """Whether the cache manager knows of it."""
-        return self._held is not None
+        """Whether it is a sequence of the cache manager's."""
+        return self._sequence is not None
 
     @property
-    def held(self) -> cache.Sequence:
-        """What it is to the cache manager, once it has begun."""
-        assert self._held is not None
-        return self._held
+    def sequence(self) -> cache.Sequence:
+        """The cache manager's sequence, once it has begun."""
+        assert self._sequence is not None
+        return self._sequence
 
-    @held.setter
-    def held(self, sequence: cache.Sequence) -> None:
-        self._held = sequence
+    @sequence.setter
+    def sequence(self, sequence: cache.Sequence) -> None:
+        self._sequence = sequence
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class Run:
             self.decode_tokens += tokens
             self.decode_steps += 1
 
-    def look(self, manager: cache.CacheManager) -> None:
+    def observe(self, manager: cache.CacheManager) -> None:
         """Record what is in use during a step."""
         usage = manager.usage()
         slots = usage.used_blocks * manager.block_size

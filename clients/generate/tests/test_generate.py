@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,14 +13,18 @@ from typing import Any
 
 import pytest
 
-from attn_dispatch.cli import models
-from attn_dispatch.errors import MissingPackageError, ModelError
+from attn_dispatch.errors import CacheError, MissingPackageError, ModelError
+from attn_dispatch_generate import command, models
 
 pytest.importorskip("typer", reason="not run: needs typer")
 torch = pytest.importorskip("torch", reason="not run: needs torch")
 transformers = pytest.importorskip("transformers", reason="not run: needs transformers")
 
+import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
+
+from attn_dispatch_generate.engine import Engine  # noqa: E402
+from attn_dispatch_generate.loading import load  # noqa: E402
 
 PROMPTS = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w11"]
 
@@ -141,7 +146,7 @@ def test_several_prompts_are_told_apart(folder: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_backend_is_refused_before_a_model_is_looked_for() -> None:
     done = run("hello", "--model", "/nowhere", status=2, ATTN_DISPATCH_BACKEND="nonsense")
-    assert "'nonsense' is not installed" in done.stderr
+    assert "'nonsense', which is not installed" in done.stderr
     assert "reference" in done.stderr
     assert "nowhere" not in done.stderr
 
@@ -172,6 +177,88 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "cannot be loaded as a language model" in run("hello", "--model", tmp_path, status=2).stderr
 
 
+# Requests that once ended in a traceback, or in nonsense without a word.
+
+
+@pytest.fixture
+def broken(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model, to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "broken"))
+
+
+def test_truncated_weights(broken: Path) -> None:
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    done = run("hello", "--model", broken, "--backend", "reference", status=2)
+    assert "cannot be loaded as a language model" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_weights_of_other_shapes(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(ModelError, match="cannot be loaded as a language model"):
+        load(broken, "float32", "cpu")
+
+
+def test_weights_that_are_not_there(broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ModelError, match=r"no weights for 9 of the model's tensors, such as model.layers.2"):
+        load(broken, "float32", "cpu")
+
+
+def test_files_that_are_not_utf8(broken: Path, tmp_path: Path) -> None:
+    (broken / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ModelError, match="cannot be loaded as a language model"):
+        load(broken, "float32", "cpu")
+    (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(typer.BadParameter, match="cannot be read"):
+        command._prompts(None, str(tmp_path / "prompts.txt"))
+    with pytest.raises(typer.BadParameter, match="not UTF-8"):
+        command._prompts("caf\udce9", None)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there(folder: Path, device: str) -> None:
+    with pytest.raises(ModelError, match="cannot be moved to device"):
+        load(folder, "float32", device)
+
+
+def test_a_chat_template_that_fails(folder: Path) -> None:
+    tokenizer = load(folder, "float32", "cpu")[1]
+    tokenizer.chat_template = "{{ raise_exception('only system messages') }}"
+    with pytest.raises(ModelError, match="chat template fails: only system messages"):
+        command._encode(tokenizer, "hello", raw=False)
+    assert command._encode(tokenizer, "w1", raw=True)
+
+
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(10**12, None), (16, 10**12)])
+def test_a_cache_beyond_memory(folder: Path, block_size: int, num_blocks: int | None) -> None:
+    network = load(folder, "float32", "cpu")[0]
+    with pytest.raises(CacheError, match=f"of {block_size} tokens need .* GiB, cpu has"):
+        command._check_memory(network, block_size, num_blocks, None)
+    command._check_memory(network, 16, 100, "bfloat16")
+
+
+def test_a_prompt_beyond_the_models_positions(folder: Path) -> None:
+    network = load(folder, "float32", "cpu")[0]
+    network.config.max_position_embeddings = 8
+    engine = Engine(network, backend="reference")
+    assert engine.generate([[4] * 5], 4).completions[0].tokens
+    with pytest.raises(ModelError, match="prompt 0: 6 tokens and 4 new ones are more than the 8 positions"):
+        engine.generate([[4] * 6], 4)
+
+
+def test_weights_that_are_nan(folder: Path) -> None:
+    network = load(folder, "float32", "cpu")[0]
+    network.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
+    engine = Engine(network, backend="reference")
+    with pytest.raises(ModelError, match="logits are not numbers"):
+        engine.generate([[4, 5, 6]], 4)
+    assert engine.cache.pool.in_use == 0
+
+
 def test_asking_for_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['x', 'generate', '--help']\n"
@@ -194,7 +281,7 @@ def test_a_packaged_model_that_is_not_installed(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attn_dispatch.integrations import loading
+    from attn_dispatch_generate import loading
 
     monkeypatch.setitem(loading._REQUIREMENTS, "no_such_module_at_all", "nobody>=1")
     with pytest.raises(MissingPackageError, match=r"python -m pip install 'nobody>=1'$"):
@@ -204,7 +291,7 @@ def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.Monke
 def test_a_conversion_leaves_all_or_nothing(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., Any]
 ) -> None:
-    from attn_dispatch.integrations import loading
+    from attn_dispatch_generate import loading
 
     target = tmp_path / "models" / "tiny"
     seen: list[Path] = []
@@ -240,4 +327,4 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATTN_DISPATCH_CACHE_DIR", str(tmp_path))
-    assert models.cache_folder() == tmp_path
+    assert models.cache_folder("models") == tmp_path / "models"

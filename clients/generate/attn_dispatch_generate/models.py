@@ -10,14 +10,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import platformdirs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from attn_dispatch import dispatch
+from attn_dispatch.adapters.environment import cache_folder
 from attn_dispatch.errors import MissingPackageError, ModelError, nearest
+from attn_dispatch_generate import loading
 
-__all__ = ["PACKAGED", "PackagedModel", "cache_folder", "convert_once", "find_model"]
+__all__ = ["PACKAGED", "PackagedModel", "convert_once", "find_model"]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,6 @@ PACKAGED = {
 }
 
 
-def cache_folder() -> Path:
-    """Return the folder for converted models: ATTN_DISPATCH_CACHE_DIR, or the user's own cache."""
-    return Path(dispatch.settings().cache_dir or platformdirs.user_cache_dir("attn-dispatch", appauthor=False))
-
-
 def find_model(model: str, console: Console) -> Path:
     """Return a transformers folder.
 
@@ -71,9 +66,9 @@ def find_model(model: str, console: Console) -> Path:
     folder = Path(model).expanduser()
     if (folder / "config.json").is_file():
         return folder.resolve()
-    found = "it has no config.json" if folder.is_dir() else "there is no such folder"
+    reason = "it has no config.json" if folder.is_dir() else "there is no such folder"
     raise ModelError(
-        f"--model {model}: {found}. It takes a transformers model folder, or one of {', '.join(PACKAGED)}."
+        f"--model {model}: {reason}. It takes a transformers model folder, or one of {', '.join(PACKAGED)}."
         f"{nearest(model, PACKAGED)}"
     )
 
@@ -88,7 +83,7 @@ def _converted(name: str, packaged: PackagedModel, console: Console) -> Path:
     source = Path(spec.submodule_search_locations[0]) / packaged.file
     if not source.is_file():
         raise ModelError(f"{packaged.distribution} {version(packaged.distribution)} has no file {packaged.file}")
-    target = cache_folder() / "models" / f"{name}-{version(packaged.distribution)}-float32"
+    target = cache_folder("models", f"{name}-{version(packaged.distribution)}-float32")
     if not (target / "config.json").is_file():
         convert_once(source, target, packaged.title, console)
     return target
@@ -106,8 +101,6 @@ def convert_once(source: Path, target: Path, title: str, console: Console) -> No
     Raises:
         ModelError: the file cannot be read, or the folder cannot be written.
     """
-    from attn_dispatch.integrations.loading import convert_gguf
-
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
@@ -124,7 +117,7 @@ def convert_once(source: Path, target: Path, title: str, console: Console) -> No
             def show(phase: str, share: float) -> None:
                 bar.update(task, completed=share, description=f"{title}, converted once: {phase}")
 
-            convert_gguf(source, partial, show)
+            loading.convert_gguf(source, partial, show)
         partial.chmod(0o755)
         try:
             os.rename(partial, target)

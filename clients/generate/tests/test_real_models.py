@@ -20,10 +20,10 @@ pytest.importorskip("platformdirs", reason="not run: needs platformdirs")
 from rich.console import Console  # noqa: E402
 
 import attn_dispatch as ad  # noqa: E402
-from attn_dispatch.cli import models  # noqa: E402
-from attn_dispatch.integrations.engine import Engine  # noqa: E402
-from attn_dispatch.integrations.loading import load  # noqa: E402
 from attn_dispatch.integrations.transformers import NAME, PagedCache  # noqa: E402
+from attn_dispatch_generate import models  # noqa: E402
+from attn_dispatch_generate.engine import Engine  # noqa: E402
+from attn_dispatch_generate.loading import load  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -92,7 +92,7 @@ def test_packed(loaded: tuple[Any, Any], prompts: list[list[int]], expected: lis
 def test_the_sample_prompts(loaded: tuple[Any, Any]) -> None:
     """They begin with one account, which is computed once: the same tokens as without, little waste at block 16."""
     model, tokenizer = loaded
-    lines = (Path(__file__).parents[2] / "examples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[3] / "examples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
     samples = [tokenizer(line)["input_ids"] for line in lines]
     common = next(i for i, row in enumerate(zip(*samples, strict=False)) if len(set(row)) > 1) // 16 * 16
     run = Engine(model, backend=BACKEND, block_size=16).generate(samples, NEW)

@@ -14,8 +14,8 @@ pytest.importorskip("transformers", reason="not run: needs transformers")
 
 from attn_dispatch.cache import CacheManager, PrefixTree  # noqa: E402
 from attn_dispatch.errors import CacheError  # noqa: E402
-from attn_dispatch.integrations.engine import Engine, Run  # noqa: E402
 from attn_dispatch.integrations.transformers import NAME, register  # noqa: E402
+from attn_dispatch_generate.engine import Engine, Run  # noqa: E402
 
 register()
 

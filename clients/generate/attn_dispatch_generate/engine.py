@@ -3,13 +3,13 @@
 Each step is one row of tokens, [1, T]: whole prompts side by side (long ones in pieces), or one token of every
 sequence that is still going. What several prompts begin with is computed once: the first one computes it, the others
 wait for that step and then share its blocks. A sequence that ends leaves the batch; its blocks are available to those
-that wait, and until then what they store is found again by prompts that begin with the same tokens.
+that wait, and until then what they store is found again by prompts that begin with the same tokens, which therefore go
+first.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,10 +18,10 @@ import torch
 
 from attn_dispatch import cache
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
-from attn_dispatch.errors import CacheError
-from attn_dispatch.integrations.engine_run import Completion, Run
-from attn_dispatch.integrations.paged_cache import PagedCache
-from attn_dispatch.integrations.sampling import Sampler
+from attn_dispatch.errors import CacheError, ModelError
+from attn_dispatch.integrations.transformers import PagedCache
+from attn_dispatch_generate.run import Completion, Run
+from attn_dispatch_generate.sampling import Sampler
 
 __all__ = ["Completion", "Engine", "Run"]
 
@@ -90,6 +90,8 @@ class Engine:
 
         Raises:
             CacheError: a prompt is empty, or needs more blocks than there are. Nothing has been computed.
+            ModelError: a prompt goes beyond the model's positions (nothing has been computed), or the model's logits
+                are not numbers.
             NoBackendError: no backend runs one of the model's layers.
         """
         run = Run([Completion(i, list(prompt)) for i, prompt in enumerate(prompts)])
@@ -100,96 +102,126 @@ class Engine:
         if run.completions:
             self._warm_up(run.completions[0].prompt)
         run.warmup_s = time.perf_counter() - began
-        waiting, running = deque(run.completions), list[Completion]()
-        before = self.cache.manager.usage()
+        manager = self.cache.manager
+        before = manager.usage()
+        unfinished, running = dict[cache.Sequence, Completion](), list[Completion]()
+        waiting = cache.WaitingQueue(manager)
 
-        def accept(sequences: list[Completion], logits: Any) -> None:
-            """Give each of these sequences its next token; those that end by it leave."""
-            for sequence, token in zip(sequences, sampler.choose(logits, sequences), strict=True):
-                sequence.tokens.append(token)
+        def accept(completions: list[Completion], logits: Any) -> None:
+            """Give each of these its next token; those that end by it leave."""
+            for completion, token in zip(completions, sampler.choose(logits, completions), strict=True):
+                completion.tokens.append(token)
                 ended = token in stop
-                if ended or len(sequence.tokens) == max_new_tokens:
-                    sequence.finish_reason = "stop" if ended else "length"
-                    running.remove(sequence)
-                    self.cache.manager.free(sequence.held)
+                if ended or len(completion.tokens) == max_new_tokens:
+                    completion.finish_reason = "stop" if ended else "length"
+                    running.remove(completion)
+                    del unfinished[completion.sequence]
+                    manager.free(completion.sequence)
                 else:
-                    self.cache.manager.append(sequence.held, [token])
-                on_token(sequence)
+                    manager.append(completion.sequence, [token])
+                on_token(completion)
 
         try:
-            while waiting or running:
-                self._admit(waiting, running, max_new_tokens)
+            for completion in run.completions:
+                completion.sequence = manager.begin(completion.prompt)
+                unfinished[completion.sequence] = completion
+                waiting.append(completion.sequence)
+            blocked, pieces = len(unfinished) + 1, list[tuple[Completion, int]]()
+            while unfinished:
+                if pieces or len(unfinished) < blocked:  # else nothing was cached since, and no room made
+                    blocked = self._admit(waiting, running, unfinished, max_new_tokens)
                 pieces = self._prompt_pieces(running)
                 began = time.perf_counter()
-                sequences = [sequence for sequence, _ in pieces] if pieces else list(running)
-                tokens, logits = self._step(run, pieces or [(sequence, 1) for sequence in sequences])
-                accept([sequence for sequence in sequences if not sequence.held.remaining], logits)
+                chosen = [completion for completion, _ in pieces] if pieces else list(running)
+                tokens, logits = self._step(run, pieces or [(completion, 1) for completion in chosen])
+                accept([completion for completion in chosen if not completion.sequence.remaining], logits)
                 run.add(time.perf_counter() - began, tokens, prompts=bool(pieces))
         finally:
-            for sequence in [*running, *waiting]:
-                if sequence.begun:  # something went wrong: leave the cache to the next call
-                    self.cache.manager.free(sequence.held)
-        run.count(before, self.cache.manager.usage())
+            for sequence in unfinished:  # something went wrong: leave the cache to the next call
+                manager.free(sequence)
+        run.count(before, manager.usage())
         return run
 
     def _check(self, completions: list[Completion], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise CacheError(f"max_new_tokens={max_new_tokens} must be 1 or more")
         pool = self.cache.pool
-        for sequence in completions:
-            if not sequence.prompt:
-                raise CacheError(f"prompt {sequence.index} has no tokens")
-            needed = self._blocks(sequence, max_new_tokens)
+        positions = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        for completion in completions:
+            length = len(completion.prompt)
+            if not length:
+                raise CacheError(f"prompt {completion.index} has no tokens")
+            if positions is not None and length + max_new_tokens - 1 > positions:
+                raise ModelError(
+                    f"prompt {completion.index}: {length} tokens and {max_new_tokens} new ones are more than the "
+                    f"{positions} positions that the model knows"
+                )
+            needed = self._blocks(completion, max_new_tokens)
             if not self.cache.grows and needed > pool.num_blocks:
                 raise CacheError(
-                    f"prompt {sequence.index}: {len(sequence.prompt)} tokens and {max_new_tokens} new ones need "
+                    f"prompt {completion.index}: {length} tokens and {max_new_tokens} new ones need "
                     f"{needed} blocks of {self.cache.manager.block_size}, the cache has {pool.num_blocks}"
                 )
 
-    def _blocks(self, sequence: Completion, max_new_tokens: int) -> int:
+    def _blocks(self, completion: Completion, max_new_tokens: int) -> int:
         # The last new token is never written: nothing comes after it.
-        return -(-(len(sequence.prompt) + max_new_tokens - 1) // self.cache.manager.block_size)
+        return -(-(len(completion.prompt) + max_new_tokens - 1) // self.cache.manager.block_size)
 
-    def _admit(self, waiting: deque[Completion], running: list[Completion], max_new_tokens: int) -> None:
-        """Let prompts in while there is room for all that they may become: nothing is thrown out later."""
+    def _admit(
+        self,
+        waiting: cache.WaitingQueue,
+        running: list[Completion],
+        unfinished: dict[cache.Sequence, Completion],
+        max_new_tokens: int,
+    ) -> int:
+        """Admit prompts while there is room for all that they may become: nothing is thrown out later.
+
+        Returns:
+            How many are unfinished now: when there are fewer, there is room again.
+        """
         manager = self.cache.manager
 
-        def missing(sequence: Completion) -> int:
-            """Return how many more blocks it may want; what it found in the cache it holds already."""
-            return self._blocks(sequence, max_new_tokens) - sequence.held.num_blocks
+        def missing(completion: Completion) -> int:
+            """Return how many more blocks it may want; what was found in the cache it has already."""
+            return self._blocks(completion, max_new_tokens) - completion.sequence.num_blocks
 
         promised = sum(map(missing, running))
         while waiting and len(running) < self.max_sequences:
-            sequence = waiting[0]
-            if not sequence.begun:
-                sequence.held = manager.begin(sequence.prompt)
-            manager.acquire_cached_prefix(sequence.held)
-            promised += missing(sequence)
+            completion = unfinished[waiting.first()]
+            manager.acquire_cached_prefix(completion.sequence)
+            promised += missing(completion)
             if not self.cache.grows and promised > manager.pool.num_available:
-                manager.preempt(sequence.held)
-                return
-            running.append(waiting.popleft())
+                manager.preempt(completion.sequence)
+                break
+            waiting.remove(completion.sequence)
+            running.append(completion)
+        return len(unfinished)
 
     def _prompt_pieces(self, running: list[Completion]) -> list[tuple[Completion, int]]:
         """Return what of the prompts is computed next, within a step's number of tokens."""
         manager, pieces, room = self.cache.manager, [], self.max_step_tokens
-        prompts = {sequence.held.id: sequence for sequence in running if not sequence.tokens}
-        for held in manager.without_common_prefix([sequence.held for sequence in prompts.values()]):
-            count = min(held.length - manager.cached_tokens(held), room)
+        prompts = {completion.sequence: completion for completion in running if not completion.tokens}
+        for sequence in manager.without_common_prefix(prompts):
+            count = min(sequence.length - manager.cached_tokens(sequence), room)
             if count > 0:
-                pieces.append((prompts[held.id], count))
+                pieces.append((prompts[sequence], count))
                 room -= count
         return pieces
 
     def _step(self, run: Run, pieces: list[tuple[Completion, int]]) -> tuple[int, Any]:
-        """Run the model over the next tokens of these sequences.
+        """Run the model over the next tokens of these completions.
 
         Returns:
             How many tokens that were, and the logits after each sequence of which all tokens are computed now.
+
+        Raises:
+            ModelError: logits are not numbers.
         """
-        step = self.cache.next_step([(sequence.held, count) for sequence, count in pieces])
+        step = self.cache.next_step([(completion.sequence, count) for completion, count in pieces])
         logits = self._forward(step)
-        run.look(self.cache.manager)
+        run.observe(self.cache.manager)
+        if bool(logits.isnan().any()):
+            raise ModelError("the model's logits are not numbers: its weights are NaN, or overflow in this dtype")
         self.cache.manager.commit(step)
         return step.num_tokens, logits
 
@@ -217,8 +249,8 @@ class Engine:
         """Let backends be chosen, imported and compiled: with a piece of a prompt, then with one token."""
         manager = self.cache.manager
         for piece in (list(prompt[:_WARM_UP_TOKENS]), list(prompt[:1])):
-            held = manager.begin(piece)
+            sequence = manager.begin(piece)
             try:
-                self._forward(self.cache.next_step([(held, len(piece))]))  # not committed: nobody finds it
+                self._forward(self.cache.next_step([(sequence, len(piece))]))  # not committed: nobody finds it
             finally:
-                manager.free(held)
+                manager.free(sequence)

@@ -1,4 +1,4 @@
-"""What `attn-dispatch generate` says at the end: as data, and as a summary for people."""
+"""The report of `attn-dispatch generate`: as data, and as a summary for people."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from attn_dispatch import dispatch
+import attn_dispatch as ad
+from attn_dispatch_generate.run import Run
 
 if TYPE_CHECKING:
-    from attn_dispatch.integrations.engine import Run
-    from attn_dispatch.integrations.paged_cache import PagedCache
+    from attn_dispatch.integrations.transformers import PagedCache
 
 __all__ = ["as_json", "summary"]
 
 
-def as_json(
-    run: Run, cache: PagedCache, prompts: list[str], texts: list[str], backend: str | None, load_s: float
-) -> dict[str, Any]:
+def as_json(run: Run, cache: PagedCache, prompts: list[str], texts: list[str], load_s: float) -> dict[str, Any]:
     """Return the whole run as plain values.
 
     Args:
@@ -28,7 +26,6 @@ def as_json(
         cache: on what.
         prompts: as given.
         texts: the answers.
-        backend: the argument, for who decided.
         load_s: seconds that loading took.
     """
     block_size = cache.manager.block_size
@@ -36,7 +33,7 @@ def as_json(
     layers = [
         {
             "backend": layer.backend.name,
-            "source": dispatch.requested(backend)[1],
+            "source": layer.explanation.source,
             "layers": count,
             "spec": str(layer.spec),
         }
@@ -44,7 +41,7 @@ def as_json(
     ]
     return {
         "backend": ", ".join(dict.fromkeys(layer.backend.name for layer, _ in cache.attentions)),
-        "source": dispatch.requested(backend)[1],
+        "source": layers[0]["source"] if layers else "",
         "layers": layers,
         "prompts": prompts,
         "texts": texts,
@@ -118,8 +115,8 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     table.add_row("sequences", f"{len(facts['prompts'])}: {finished[0]} ended, {finished[1]} reached the limit")
     table.add_row("start", f"{times['load_s']:.2f} s to load, {times['warmup_s']:.2f} s to warm up")
     table.add_row("steps", f"{times['prefill_steps']} of prompts, {times['decode_steps']} of new tokens")
-    held = sum(map(len, facts["prompt_token_ids"])) + sum(map(len, facts["token_ids"]))
-    table.add_row("padding", f"none: {held} tokens; a rectangle would hold {kv['padded_tokens']}")
+    tokens = sum(map(len, facts["prompt_token_ids"])) + sum(map(len, facts["token_ids"]))
+    table.add_row("padding", f"none: {tokens} tokens; a rectangle would hold {kv['padded_tokens']}")
     table.add_row("blocks", f"{kv['blocks_allocated']} allocated, {_size(kv['blocks_allocated'] * kv['block_bytes'])}")
     table.add_row(
         "hit rate",
@@ -140,7 +137,7 @@ def summary(facts: dict[str, Any], cache: PagedCache, stats: bool) -> Renderable
     )
     for layer in facts["layers"]:
         table.add_row("layers", Text(f"{layer['layers']} x {layer['spec']}: {layer['backend']}"))
-    verdicts = [Text(str(dispatch.explain(layer.spec, cache.backend))) for layer, _ in cache.attentions]
+    verdicts = [Text(str(ad.explain(layer.spec, cache.backend))) for layer, _ in cache.attentions]
     return Group(table, "", *verdicts)
 
 

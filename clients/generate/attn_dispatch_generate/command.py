@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from attn_dispatch import dispatch
-from attn_dispatch.cli import models
-from attn_dispatch.cli.generate_report import as_json, summary
-from attn_dispatch.contract.dtypes import COMPUTE_DTYPES, dtype_name
+import attn_dispatch as ad
+from attn_dispatch.contract.dtypes import COMPUTE_DTYPES, dtype_name, numpy_dtype
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE
-from attn_dispatch.errors import NoBackendError
-
-if TYPE_CHECKING:
-    from attn_dispatch.integrations.engine import Completion
+from attn_dispatch.errors import CacheError, ModelError, NoBackendError
+from attn_dispatch_generate import models
+from attn_dispatch_generate.loading import load, require, usable_device
+from attn_dispatch_generate.report import as_json, summary
+from attn_dispatch_generate.run import Completion
 
 __all__ = ["generate"]
 
-_TORCH_DEVICES = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu"}
+_TYPICAL_LAYER = ad.AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, dtype="bfloat16", block_size=32)
 
 
 def generate(
@@ -57,20 +57,20 @@ def generate(
 ) -> None:
     """Run a language model through the paged KV cache and print what it answers."""
     prompts = _prompts(prompt, prompts_file)
-    named = _named_backend(backend)
+    preferred = _device(backend)
     number_type = None if dtype is None else _compute_dtype(dtype)
-    from attn_dispatch.integrations.loading import load, require, usable_device
-
     require("torch", "transformers", "safetensors")
     folder = models.find_model(model, Console(stderr=True))
-    where = device or usable_device(_preferred_device(named))
+    where = device or usable_device(preferred)
     began = perf_counter()
     number_type = number_type or ("float32" if where == "cpu" else "bfloat16")
-    network, tokenizer = load(folder, number_type, where, dispatch.settings().num_threads)
+    network, tokenizer = load(folder, number_type, where)
+    _check_memory(network, block_size, num_blocks, kv_cache_dtype)
     load_s = perf_counter() - began
 
-    from attn_dispatch.integrations.engine import Engine
-    from attn_dispatch.integrations.sampling import Sampler
+    # These import torch, which asking for help should not.
+    from attn_dispatch_generate.engine import Engine
+    from attn_dispatch_generate.sampling import Sampler
 
     engine = Engine(
         network,
@@ -93,7 +93,7 @@ def generate(
         on_token=(lambda completion: None) if as_object else _printer(prompts, text_of),
     )
     texts = [text_of(completion) for completion in run.completions]
-    facts = as_json(run, engine.cache, prompts, texts, backend, load_s)
+    facts = as_json(run, engine.cache, prompts, texts, load_s)
     facts.update(model=str(folder), dtype=str(network.dtype).removeprefix("torch."), device=where)
     if as_object:
         sys.stdout.write(json.dumps(facts, ensure_ascii=False) + "\n")
@@ -109,28 +109,60 @@ def _prompts(prompt: str | None, file: str | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise typer.BadParameter(f"{file} cannot be read: {error}", param_hint="--prompts-file") from error
         prompts += [line for line in text.splitlines() if line.strip()]
+    for text in prompts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise typer.BadParameter(f"{text!r} is not UTF-8: {error}") from error
     if not any(text.strip() for text in prompts):
         raise typer.BadParameter('nothing to say: give "PROMPT" or --prompts-file with a line in it')
     return prompts
 
 
-def _named_backend(backend: str | None) -> str | None:
-    """Check the selection before a model is loaded; return the backend that was named, if one was.
+def _device(backend: str | None) -> str:
+    """Check the selection before a model is loaded, and return where the chosen backend finds its arrays, for torch.
 
     Raises:
         UnknownBackendError, EnvironmentVariableError: nothing has that name.
-        NoBackendError: it cannot run on this machine.
+        NoBackendError: the backend that was named cannot run on this machine.
     """
-    dispatch.settings()
-    named, source = dispatch.requested(backend)
-    if named is None:
-        return None
-    dispatch.registry().entry(named)
-    available = dispatch.registry().load(named).probe()
-    if not available:
+    explanation = ad.explain(_TYPICAL_LAYER, backend)
+    named = explanation.requested
+    if named is not None and not (available := ad.backends()[named]):
         remedy = f" {available.remedy}" if available.remedy else ""
-        raise NoBackendError(f"{named}, named by {source}, cannot run on this machine: {available.reason}.{remedy}")
-    return named
+        raise NoBackendError(
+            f"{named}, named by {explanation.source}, cannot run on this machine: {available.reason}.{remedy}"
+        )
+    if ad.platform.name == "cpu" or explanation.chosen is None:
+        return "cpu"
+    return str(ad.attention(_TYPICAL_LAYER, explanation.chosen).allocate(1).device)
+
+
+def _check_memory(network: Any, block_size: int, num_blocks: int | None, kv_cache_dtype: str | None) -> None:
+    """Refuse a cache that is larger than the memory it is for.
+
+    Raises:
+        CacheError: with both sizes.
+    """
+    import torch
+
+    config = network.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = network.dtype.itemsize if kv_cache_dtype is None else numpy_dtype(kv_cache_dtype).itemsize
+    needed = (num_blocks or 1) * block_size * config.num_hidden_layers * 2 * heads * size * element
+    if network.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(network.device)[1]
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > memory:
+        blocks = f"{num_blocks} blocks" if num_blocks else "one block"
+        raise CacheError(
+            f"{blocks} of {block_size} tokens need {needed / 2**30:.1f} GiB, {network.device} has "
+            f"{memory / 2**30:.1f} GiB: ask for fewer (--num-blocks) or smaller ones (--block-size)"
+        )
 
 
 def _compute_dtype(dtype: str) -> str:
@@ -140,29 +172,20 @@ def _compute_dtype(dtype: str) -> str:
     return name
 
 
-def _preferred_device(named: str | None) -> str:
-    """Return the torch device on which the backends that may run find their arrays."""
-    here = dispatch.platform()
-    ranked = dispatch.registry().ranked(here)
-    on_device = named in ranked if named else any(dispatch.registry().load(name).probe() for name in _loadable(ranked))
-    return _TORCH_DEVICES.get(here, "cpu") if on_device else "cpu"
-
-
-def _loadable(names: list[str]) -> list[str]:
-    return [name for name, available in dispatch.backends().items() if name in names and available]
-
-
 def _encode(tokenizer: Any, text: str, raw: bool) -> list[int]:
     if tokenizer.chat_template and not raw:
         message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates are programs of their own
+            raise ModelError(f"the model's chat template fails: {error}. --raw does without it") from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(text)["input_ids"])
 
 
 def _stop_tokens(network: Any, tokenizer: Any) -> set[int]:
-    found = network.generation_config.eos_token_id
-    stop = set(found) if isinstance(found, list) else {found}
+    ends = network.generation_config.eos_token_id
+    stop = set(ends) if isinstance(ends, list) else {ends}
     return (stop | {tokenizer.eos_token_id}) - {None}
 
 

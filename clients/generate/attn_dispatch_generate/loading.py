@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from attn_dispatch.adapters.environment import num_threads
 from attn_dispatch.errors import MissingPackageError, ModelError
 
 __all__ = ["convert_gguf", "load", "require", "usable_device"]
@@ -23,7 +24,7 @@ _REQUIREMENTS = {
 
 
 def require(*modules: str) -> None:
-    """Refuse to begin what would fail in the middle for want of a package. Nothing is imported.
+    """Refuse to begin what would fail half-way because a package is missing. Nothing is imported.
 
     Raises:
         MissingPackageError: with the one command that installs what is missing.
@@ -47,26 +48,27 @@ def _transformers() -> Any:
     return transformers
 
 
-def usable_device(wanted: str) -> str:
+def usable_device(device: str) -> str:
     """Return the device if this build of torch can use it, else "cpu"."""
-    if wanted == "cpu":
-        return wanted
-    module = getattr(importlib.import_module("torch"), wanted, None)
-    return wanted if module is not None and module.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    module = getattr(importlib.import_module("torch"), device.partition(":")[0], None)
+    return device if module is not None and module.is_available() else "cpu"
 
 
-def load(folder: Path, dtype: str, device: str, num_threads: int | None = None) -> tuple[Any, Any]:
+def load(folder: Path, dtype: str, device: str) -> tuple[Any, Any]:
     """Return the model, ready for a `PagedCache`, and its tokenizer.
+
+    On the CPU torch computes with ATTN_DISPATCH_NUM_THREADS threads, in the whole process.
 
     Args:
         folder: a transformers model folder.
         dtype: "float32", "bfloat16"...
         device: as torch names it.
-        num_threads: of torch on the CPU, in the whole process (None: as many as it would take).
 
     Raises:
         MissingPackageError: torch or transformers is not installed.
-        ModelError: the folder is not a model that transformers can load.
+        ModelError: the folder is not a whole model that transformers can load, or torch has no such device.
     """
     require("torch", "transformers", "safetensors")
     transformers = _transformers()
@@ -74,16 +76,30 @@ def load(folder: Path, dtype: str, device: str, num_threads: int | None = None) 
     from attn_dispatch.integrations.transformers import NAME, register
 
     register()
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads())
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
+        model, details = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation=NAME,
+            local_files_only=True,
+            output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a language model: {error}") from error
-    return model.to(device).eval(), tokenizer
+    except Exception as error:  # whatever the readers of several formats raise for files that are cut short
+        raise ModelError(f"{folder} cannot be loaded as a language model: {_words(error)}") from error
+    if details["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(details["missing_keys"])
+        raise ModelError(f"{folder} has no weights for {len(missing)} of the model's tensors, such as {missing[0]}")
+    try:
+        return model.to(device).eval(), tokenizer
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(f"the model cannot be moved to device {device!r}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """Return an error's first line, or its name when it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def convert_gguf(
@@ -94,7 +110,7 @@ def convert_gguf(
     Args:
         source: the file.
         target: an existing folder, written into.
-        progress: told what is being done, and what share of the work lies behind.
+        progress: called with what is being done, and the share of the work that is done.
 
     Raises:
         MissingPackageError: something that reads GGUF is not installed.
@@ -114,8 +130,8 @@ def convert_gguf(
         model = transformers.AutoModelForCausalLM.from_pretrained(
             **place, quantization_config=unpacked, dtype=torch.float32
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source} cannot be read as a GGUF model: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{source} cannot be read as a GGUF model: {_words(error)}") from error
     progress("writing safetensors", 0.9)
     model.save_pretrained(target)
     progress("done", 1.0)

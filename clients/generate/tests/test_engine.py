@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch", reason="not run: needs torch")
 pytest.importorskip("transformers", reason="not run: needs transformers")
 
 from attn_dispatch.errors import CacheError, ModelError, PlanError  # noqa: E402
-from attn_dispatch.integrations.engine import Completion, Engine, Run  # noqa: E402
-from attn_dispatch.integrations.sampling import Sampler  # noqa: E402
 from attn_dispatch.integrations.transformers import NAME, PagedCache, register  # noqa: E402
+from attn_dispatch_generate.engine import Completion, Engine, Run  # noqa: E402
+from attn_dispatch_generate.sampling import Sampler  # noqa: E402
 
 register()
 

@@ -1,0 +1,1 @@
+"""Text generation by transformers models on the paged KV cache: the command `attn-dispatch generate`."""
