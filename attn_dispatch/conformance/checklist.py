@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from attn_dispatch.backend import Backend, Capabilities
+from attn_dispatch.backend import Backend, Capabilities, Plan
 from attn_dispatch.conformance.adaptation import adapt_case, plain_spec
 from attn_dispatch.conformance.case import Case
 from attn_dispatch.conformance.cases import CASES
@@ -27,7 +27,7 @@ from attn_dispatch.conformance.rejections import (
 from attn_dispatch.conformance.reuse import REUSE_CHECKS
 from attn_dispatch.conformance.storage import STORAGE_CHECKS
 from attn_dispatch.conformance.surroundings import SURROUNDINGS
-from attn_dispatch.contract import AttentionSpec
+from attn_dispatch.contract import AttentionMetadata, AttentionSpec
 from attn_dispatch.contract.dtypes import CACHE_DTYPES
 from attn_dispatch.dispatch import verdict_of
 
@@ -130,7 +130,8 @@ def perform(check: Check, backend: Backend, limits: Limits = NO_LIMITS) -> Findi
     except ConformanceError as error:
         return found("FAILED", str(error), error=error)
     except Exception as error:  # a vendor may raise anything, and that is a finding
-        return found("FAILED", f"{check.name}: {type(error).__name__}: {error}", error=error)
+        slip = _slip(backend)
+        return found("FAILED", f"{check.name}: {slip or f'{type(error).__name__}: {error}'}", error=error)
 
 
 def _check_protocol(backend: Backend) -> None:
@@ -155,6 +156,21 @@ def _case(case: Case, backend: Backend, limits: Limits) -> Sequence[str]:
     if reason := limits.reason(adapted):
         raise NotRun(reason)
     return run_case(backend, adapted).mutations
+
+
+def _slip(backend: Backend) -> str:
+    """Return what an author forgot, in a sentence, if that explains an error (empty: it does not)."""
+    try:
+        spec = plain_spec(backend)
+        plan: object = backend.plan(spec, AttentionMetadata.build([1], [1], [[0]], spec.block_size))
+    except Exception:
+        return ""
+    if not isinstance(plan, Plan):
+        return (
+            f"{backend.name}.plan returned a {type(plan).__name__}: return an attn_dispatch.backend.Plan, or a "
+            "dataclass derived from it that holds what your kernels want"
+        )
+    return ""
 
 
 def case_check(case: Case) -> Check:

@@ -17,7 +17,18 @@ from attn_dispatch.contract import Array, KVCache
 from attn_dispatch.contract.arrays import as_library, as_numpy, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
 
-__all__ = ["Outcome", "any_array", "compute", "contents", "fill", "poison", "run_layer", "to_backend", "to_host"]
+__all__ = [
+    "Outcome",
+    "any_array",
+    "compute",
+    "contents",
+    "fill",
+    "parts",
+    "poison",
+    "run_layer",
+    "to_backend",
+    "to_host",
+]
 
 _ORDINARY = 1.5  # what an unused slot holds when it is not NaN: a number like any other
 _TOO_MANY = 100_000  # blocks of a cache that is left as it was allocated: memory that is not touched costs nothing
@@ -69,12 +80,13 @@ def compute(backend: Backend, problem: Problem, device: str | None = None) -> Ou
         before = contents(cache, problem.watched)
     like = _given_array(backend, cache, problem)
     place = strided if problem.case.arrays == "strided" else to_backend
-    inputs = [None if x is None else place(x, like) for x in (problem.q, problem.k, problem.v)]
+    # (Copies: a backend that changes them must not change what they are compared with.)
+    inputs = [None if x is None else place(x.copy(), like) for x in (problem.q, problem.k, problem.v)]
     shape = (problem.view.num_tokens, spec.num_heads, spec.value_head_size)
     given, around = _output(shape, spec.dtype, like, problem) if problem.case.out == "given" else (None, None)
     plan = attn.plan(problem.batch)
     result = run_layer(attn, plan, inputs, cache, out=given, return_lse=spec.returns_lse)
-    out, lse = _parts(result, returns_lse=spec.returns_lse)
+    out, lse = parts(result, returns_lse=spec.returns_lse)
     for name, array in (("output", out), ("LSE", lse)):
         if array is not None and library_of(array) != library_of(inputs[0]):
             raise ConformanceError(f"the {name} is an array of {library_of(array)}, q was of {library_of(inputs[0])}")
@@ -101,7 +113,7 @@ def run_layer(attn: Attention, plan: Plan, inputs: Sequence[Array], cache: KVCac
     return attn.run(plan, q, k, v, cache, **keywords)
 
 
-def _parts(result: Any, *, returns_lse: bool) -> tuple[Any, Any]:
+def parts(result: Any, *, returns_lse: bool) -> tuple[Any, Any]:
     """Return (out, lse or None) of what `run` returned."""
     if not returns_lse:
         if isinstance(result, tuple):

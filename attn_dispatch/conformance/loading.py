@@ -23,7 +23,6 @@ _PROBE = """
 import json, sys
 import attn_dispatch as ad
 from attn_dispatch.dispatch import registry, verdict_of
-own = {"attn_dispatch"}
 print(json.dumps(sorted(sys.modules)))
 entry = registry().entry(sys.argv[1])
 try:
@@ -54,7 +53,7 @@ def loaded_vendors(name: str) -> list[str]:
     packages = {module.partition(".")[0] for module in set(after) - set(first)}
     return sorted(
         package
-        for package in packages - {own} - _LIGHT
+        for package in packages - {own, "attn_dispatch"} - _LIGHT
         if package not in sys.stdlib_module_names and not package.startswith(("__editable__", "__mp_main__"))
     )
 

@@ -137,7 +137,8 @@ def _choices(rng: np.random.Generator, plain: AttentionSpec) -> Iterator[Callabl
     yield lambda spec: {"kv_cache_dtype": stored} if spec.dtype != "float64" and rng.random() < 0.3 else {}
     yield rarely(0.6, {"block_size": int(rng.choice([5, 8, 16, 32, 64, 128, 256]))})
     left = int(rng.choice([0, 1, 7, 31, 32, 33, 63, 64, 100, 300]))
-    yield lambda spec: {"window": (left, -1 if spec.causal else int(rng.choice([-1, 0, 5])))} if left % 2 else {}
+    right = int(rng.choice([-1, 0, 5]))
+    yield lambda spec: {"window": (left, -1 if spec.causal else right)} if rng.random() < 0.4 else {}
     yield rarely(0.4, {"logits_soft_cap": float(rng.choice([1.5, 30.0]))})
     yield rarely(0.3, {"alibi": True})
     yield rarely(0.3, {"sinks": True})

@@ -14,7 +14,17 @@ from attn_dispatch.backend import Backend
 from attn_dispatch.conformance.adaptation import plain_spec
 from attn_dispatch.conformance.case import Case
 from attn_dispatch.conformance.checks import Judge, check_contents
-from attn_dispatch.conformance.compute import any_array, compute, contents, fill, poison, run_layer, to_backend, to_host
+from attn_dispatch.conformance.compute import (
+    any_array,
+    compute,
+    contents,
+    fill,
+    parts,
+    poison,
+    run_layer,
+    to_backend,
+    to_host,
+)
 from attn_dispatch.conformance.findings import ConformanceError, NotRun, Refused
 from attn_dispatch.conformance.problem import Problem, make_problem
 from attn_dispatch.contract import AttentionMetadata, AttentionSpec
@@ -42,7 +52,9 @@ class _Layer:
         like = any_array(backend, self.cache)
         fill(self.attn, problem, self.cache)
         self.inputs = [to_backend(x, like) for x in (problem.q, problem.k, problem.v) if x is not None]
-        self.alone = to_host(compute(backend, problem).out)
+        outcome = compute(backend, problem)
+        Judge(backend, problem, outcome).check(problem.reading(*check_contents(problem, outcome)))
+        self.alone = outcome.out
 
     def run(self, plan: Any) -> Any:
         return run_layer(self.attn, plan, self.inputs, self.cache)
@@ -124,7 +136,8 @@ def check_lse_on_demand(backend: Backend) -> None:
     problem = make_problem(Case("LSE on demand", "", spec, (40, 9, 0), (1, 3, 5)))
     layer = _Layer(backend, problem)
     plan = layer.attn.plan(problem.batch)
-    out, lse = run_layer(layer.attn, plan, layer.inputs, layer.cache, return_lse=True)
+    result = run_layer(layer.attn, plan, layer.inputs, layer.cache, return_lse=True)
+    out, lse = parts(result, returns_lse=True)
     outcome = replace(compute(backend, problem), out=to_host(out), lse=to_host(lse))
     Judge(backend, problem, outcome).check(problem.reading(*check_contents(problem, outcome)))
 
@@ -162,7 +175,7 @@ def check_fixed_plan(backend: Backend) -> None:
         raise NotRun("the backend declares no fixed plans (Capabilities.fixed_plans)")
     spec = plain_spec(backend)
     attn = attention(spec, backend)
-    num_blocks = 4 * -(-_LONGEST // spec.block_size)
+    num_blocks = 4 * _blocks_apart(spec)
     caches = attn.allocate(num_blocks), attn.allocate(num_blocks)
     like = any_array(backend, caches[0])
     rng = np.random.default_rng(3)
@@ -203,10 +216,14 @@ def _refuse_misfits(plan: Any, spec: AttentionSpec) -> None:
         raise ConformanceError(f"a fixed plan for four sequences of at most {_LONGEST} tokens was renewed with {what}")
 
 
+def _blocks_apart(spec: AttentionSpec) -> int:
+    return -(-_LONGEST // spec.block_size) + 1
+
+
 def _decodes(spec: AttentionSpec, lens: list[int]) -> AttentionMetadata:
     """Return a step of one token per sequence; a length of 0 is padding."""
     size = spec.block_size
-    blocks = -(-_LONGEST // size)
+    blocks = _blocks_apart(spec)
     tables = [[s % 4 * blocks + i for i in range(-(-n // size))] for s, n in enumerate(lens)]
     slots = [-1 if not n else t[(n - 1) // size] * size + (n - 1) % size for n, t in zip(lens, tables, strict=True)]
     return AttentionMetadata.build([1] * len(lens), lens, tables, size, slot_mapping=slots)

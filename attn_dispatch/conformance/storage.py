@@ -44,6 +44,14 @@ def _expect(what: str, found: tuple[np.ndarray, ...], expected: tuple[np.ndarray
             raise ConformanceError(f"{what}: the {side} are not what they should be")
 
 
+def check_gather(backend: Backend, spec: AttentionSpec) -> None:
+    """Blocks come in the order that was asked for, some twice."""
+    _, cache = filled_cache(backend, spec)
+    whole = contents(cache)
+    ids = [3, 0, 4, 3]
+    _expect("gather", contents(cache, ids), tuple(side[ids] for side in whole))
+
+
 def check_copy_blocks(backend: Backend, spec: AttentionSpec) -> None:
     """All sources are read before any target is written; everything else stays."""
     _, cache = filled_cache(backend, spec)
@@ -146,6 +154,7 @@ def check_exchange(backend: Backend, spec: AttentionSpec) -> None:
 
 
 STORAGE_CHECKS = {
+    "gather": check_gather,
     "copy_blocks": check_copy_blocks,
     "copy_slots": check_copy_slots,
     "swap_blocks": check_swap_blocks,

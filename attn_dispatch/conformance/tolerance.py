@@ -90,11 +90,11 @@ def rounding_bound(
     if not len(key):
         return np.zeros((len(q), spec.num_heads, 1)), np.zeros((len(q), spec.num_heads)) + unit * sink + 1e-6
     running = 2.0**-53 if spec.dtype == "float64" else 2.0**-24  # in which sums are formed
-    largest_key = np.repeat(np.abs(key).max(axis=0), spec.group_size, axis=0)  # [H, D]
-    score = (np.abs(q) * largest_key).sum(axis=2) * abs(spec.scale)  # [n, H]
+    magnitudes = np.repeat(np.abs(key), spec.group_size, axis=1).transpose(1, 2, 0)  # [H, D, m]
+    score = (np.abs(q).transpose(1, 0, 2) @ magnitudes).max(axis=2).T * abs(spec.scale)  # [n, H]
     distance = float(len(key))
     bias = 0.0 if layer.alibi_slopes is None else np.abs(layer.alibi_slopes.astype(np.float64)) * distance
-    moved = unit * (8 * score + 3 * bias + sink) + running * (spec.head_size + 4) * (score + 1)
+    moved = unit * (8 * score + 3 * bias + sink) + running * (spec.head_size / 2 + 4) * (score + 1)
     reach = np.repeat(np.abs(value).max(axis=(0, 2)), spec.group_size)  # [H]
     weights = np.minimum(np.expm1(np.minimum(2 * moved, 10.0)) + 2 * unit + running * (len(key) + 8), 2.0)
     return ((weights + unit) * reach)[:, :, None], moved + running * (len(key) + 8 + score + bias + sink) + 1e-6
