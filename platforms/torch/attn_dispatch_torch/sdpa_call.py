@@ -7,6 +7,7 @@ out in float32.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,15 @@ from .gathering import CacheRows, gather
 from .launch_plan import DecodeLaunch, LaunchPlan, PrefillLaunch, TileLaunch
 
 __all__ = ["LayerInputs", "attend"]
+
+
+def _compute_on_one_thread() -> None:
+    """OpenMP's threads are the parent's: a child that asked for theirs would wait for ever. One thread needs none."""
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_on_one_thread)
 
 
 class LayerInputs(NamedTuple):
