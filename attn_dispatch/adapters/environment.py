@@ -17,7 +17,7 @@ from pathlib import Path
 import attn_dispatch
 from attn_dispatch.errors import EnvironmentVariableError
 
-__all__ = ["Packages", "available_cpus", "cache_folder", "make_cache_folder", "num_threads"]
+__all__ = ["Packages", "available_cpus", "cache_folder", "choice", "make_cache_folder", "num_threads"]
 
 THREADS_VARIABLE = "ATTN_DISPATCH_NUM_THREADS"
 CACHE_VARIABLE = "ATTN_DISPATCH_CACHE_DIR"
@@ -49,6 +49,18 @@ def num_threads() -> int:
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= most:
         raise EnvironmentVariableError(f"{THREADS_VARIABLE}={text!r} must be a whole number from 1 to {most}")
     return int(text)
+
+
+def choice(variable: str, *accepted: str) -> str:
+    """Return what a variable of a backend's own says: one of `accepted`, the first when it is not set.
+
+    Raises:
+        EnvironmentVariableError: it says something else.
+    """
+    text = os.environ.get(variable) or accepted[0]
+    if text not in accepted:
+        raise EnvironmentVariableError(f"{variable}={text!r} is not one of {', '.join(accepted)}")
+    return text
 
 
 def cache_folder(*parts: str) -> Path:

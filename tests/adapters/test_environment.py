@@ -16,6 +16,7 @@ from attn_dispatch.adapters.environment import (
     Packages,
     available_cpus,
     cache_folder,
+    choice,
     make_cache_folder,
     num_threads,
 )
@@ -62,6 +63,16 @@ def test_three_thousand_threads_are_refused_where_few_could_run(monkeypatch: pyt
         num_threads()
     monkeypatch.setattr(os, "cpu_count", lambda: 512)
     assert num_threads() == 3000
+
+
+def test_a_backends_own_variable_has_few_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATTN_DISPATCH_X", raising=False)
+    assert choice("ATTN_DISPATCH_X", "auto", "fast") == "auto"
+    monkeypatch.setenv("ATTN_DISPATCH_X", "fast")
+    assert choice("ATTN_DISPATCH_X", "auto", "fast") == "fast"
+    monkeypatch.setenv("ATTN_DISPATCH_X", "fats")
+    with pytest.raises(EnvironmentVariableError, match="'fats' is not one of auto, fast"):
+        choice("ATTN_DISPATCH_X", "auto", "fast")
 
 
 def test_the_cache_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

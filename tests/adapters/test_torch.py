@@ -487,3 +487,34 @@ def test_the_host_batch_is_the_one_on_the_device() -> None:
     for name in ("query_start", "key_start", "lens", "tables"):
         assert np.array_equal(getattr(on_cpu, name).numpy(), getattr(host, name))
     assert on_cpu.idle.view(-1).tolist() == host.idle.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", [Plain("test/nhd"), PlainHnd("test/hnd")], ids=["NHD", "HND"])
+def test_compiled_steps(backend: Plain) -> None:
+    """Two layers on one cache, compiled: writes into copies of the cache as into itself, and renewed plans."""
+    from attn_dispatch.integrations.torch_library import Layer, step
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layers = [ad.attention(spec(dtype="float16", writes_kv=writes), backend) for writes in (True, False)]
+    cache, other = layers[0].allocate(32), layers[0].allocate(32)
+    writes, reads = (Layer(attention, cache) for attention in layers)
+
+    def model(q: Any, k: Any, v: Any) -> Any:
+        return reads(writes(q * 2, k, v) + q, k, v)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    steps = [[30, 1, 64, 7], [31, 2, 65, 8], [32, 0, 66, 0], [128, 3, 1, 33]]
+    plans = {attention: backend.fixed_plan(attention.spec, decodes(steps[0]), 128) for attention in layers}
+    for lens in steps:
+        arrays = [x.half() for x in rows(4)]
+        first = layers[0].run(layers[0].plan(decodes(lens)), arrays[0] * 2, *arrays[1:], other)
+        expected = layers[1].run(layers[1].plan(decodes(lens)), first + arrays[0], None, None, other)
+        with step(decodes(lens)):
+            assert torch.equal(compiled(*arrays), expected)
+        for plan in plans.values():
+            plan.renew(decodes(lens))
+        with step(plans=plans):
+            assert torch.equal(compiled(*arrays), expected)
+        for name in ("key", "value"):
+            assert torch.equal(cache.arrays[name], other.arrays[name])

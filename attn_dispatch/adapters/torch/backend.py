@@ -144,11 +144,9 @@ class TorchBackend(Backend):
             self._batch_on(plan, self.default_device(), paged)
 
     def _batch_on(self, plan: DevicePlan, device: torch.device, paged: bool) -> Renewable:
-        import torch
+        from attn_dispatch.adapters.torch.device_batch import planning_on
 
-        from attn_dispatch.adapters.torch.device_batch import on_device
-
-        with torch.inference_mode(False), on_device(device):
+        with planning_on(device):
             batch = plan.batches[device, paged] = self.device_batch(plan, device, paged=paged)
         return batch
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from attn_dispatch.adapters.batch import HostBatch, slot_writes
 from attn_dispatch.contract import AttentionSpec, BatchView
 
-__all__ = ["Arrays", "DeviceBatch", "DeviceBuffer", "DeviceWrites", "PreparedBatch", "on_device"]
+__all__ = ["Arrays", "DeviceBatch", "DeviceBuffer", "DeviceWrites", "PreparedBatch", "on_device", "planning_on"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -31,6 +31,18 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     context: AbstractContextManager[Any] = runtime.device(device)
     return context
+
+
+@contextmanager
+def planning_on(device: torch.device) -> Iterator[None]:
+    """Make a device the current one, outside of inference mode and of the user's default device.
+
+    What is made in an inference_mode block cannot be changed outside of it, and plans outlive the block; vendors make
+    host buffers without naming a device.
+    """
+    default = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), default, on_device(device):
+        yield
 
 
 class DeviceBuffer:
@@ -120,6 +132,7 @@ class DeviceBatch:
         max_seq_len: of a fixed plan: shapes and addresses stay, `renew` changes contents.
         host: the same batch on the host.
         tensors: everything on the device, by name.
+        arrays: the same on the host.
         writes: what is written (None: nothing).
         idle: bool[T, 1], rows that attend to nothing (None: there are none).
         query_start: i32[s + 1].
@@ -141,7 +154,7 @@ class DeviceBatch:
         self.spec, self.device, self.paged, self.max_seq_len = spec, device, paged, max_seq_len
         self._tile = tile
         prepared = self.prepare(view)
-        self.host = prepared.host
+        self.host, self.arrays = prepared.host, prepared.arrays
         self._buffer = DeviceBuffer(prepared.arrays, device)
         self.tensors = tensors = self._buffer.tensors
         self.query_start, self.key_start = tensors["query_start"], tensors["key_start"]
@@ -185,4 +198,4 @@ class DeviceBatch:
     def renew(self, prepared: PreparedBatch) -> None:
         """Bring another batch into this one's buffers."""
         self._buffer.renew(prepared.arrays)
-        self.host = prepared.host
+        self.host, self.arrays = prepared.host, prepared.arrays

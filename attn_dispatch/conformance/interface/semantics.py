@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,11 @@ Floats = npt.NDArray[np.float64]
 
 def as_float64(array: Array) -> Floats:
     """Return a host copy of an array of any library, in float64."""
-    host = array.detach().cpu() if library_of(array) == "torch" else array
-    return as_numpy(host).astype(np.float64)
+    return _host(array).astype(np.float64)
+
+
+def _host(array: Array) -> npt.NDArray[Any]:
+    return as_numpy(array.detach().cpu() if library_of(array) == "torch" else array)
 
 
 def attend_rows(
@@ -77,7 +81,7 @@ def attend_rows(
 def attend_pages(
     q: Floats,
     query_start: Sequence[int],
-    tokens: tuple[Floats, Floats],
+    tokens: tuple[Array, Array],
     pages: Sequence[Sequence[int]],
     lens: Sequence[int],
     **options: object,
@@ -87,19 +91,20 @@ def attend_pages(
     Args:
         q: [T, H, D].
         query_start: where each sequence's rows begin in q, and where the last one's end.
-        tokens: keys [N, B, K, D] and values [N, B, K, Dv].
+        tokens: keys [N, B, K, D] and values [N, B, K, Dv], of any library and type.
         pages: of each sequence.
         lens: keys of each.
         options: of `attend_rows`.
     """
-    outs = [np.zeros((0, q.shape[1], tokens[1].shape[-1]))]
+    sides = [_host(side) for side in tokens]
+    outs = [np.zeros((0, q.shape[1], sides[1].shape[-1]))]
     lses = [np.zeros((0, q.shape[1]))]
     for s, (table, length) in enumerate(zip(pages, lens, strict=True)):
-        size = tokens[0].shape[1]
+        size = sides[0].shape[1]
         used = list(table)[: -(-length // size)]
         if len(used) * size < length:
             raise ValueError(f"sequence {s}: {length} keys in {len(used)} pages of {size}")
-        key, value = (side[used].reshape(-1, *side.shape[2:])[:length] for side in tokens)
+        key, value = (side[used].reshape(-1, *side.shape[2:])[:length].astype(np.float64) for side in sides)
         out, lse = attend_rows(q[query_start[s] : query_start[s + 1]], key, value, **options)  # type: ignore[arg-type]
         outs.append(out)
         lses.append(lse)

@@ -11,7 +11,7 @@ import re
 from attn_dispatch.errors import EnvironmentVariableError
 from attn_dispatch.hardware import Device
 
-__all__ = ["Capability", "capability_of", "from_text", "written"]
+__all__ = ["Capability", "capability_from", "capability_of", "sm"]
 
 Capability = tuple[int, int]
 
@@ -45,7 +45,7 @@ def capability_of(device: Device) -> Capability | None:
     return None
 
 
-def from_text(text: str, variable: str) -> Capability:
+def capability_from(text: str, variable: str) -> Capability:
     """Read a capability that somebody wrote down.
 
     Raises:
@@ -57,6 +57,6 @@ def from_text(text: str, variable: str) -> Capability:
     return int(match[1]), int(match[2])
 
 
-def written(capability: Capability) -> str:
+def sm(capability: Capability) -> str:
     """Return `sm_90`."""
     return f"sm_{capability[0]}{capability[1]}"

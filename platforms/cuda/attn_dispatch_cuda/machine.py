@@ -6,14 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.machinery import PathFinder
-from pathlib import Path
 
+from attn_dispatch.adapters.environment import Packages
 from attn_dispatch.backend import Availability
 from attn_dispatch.hardware import Platform
 
-from .gpus import Capability, capability_of, from_text
+from .gpus import Capability, capability_from, capability_of
 
 __all__ = ["CAPABILITY_VARIABLE", "Machine"]
 
@@ -27,11 +25,16 @@ class Machine:
 
     Attributes:
         platform: what `attn_dispatch.hardware.detect` found.
-        search: folders in which packages are looked for (None: `sys.path`).
+        search: folders in which packages are looked for (None: as `import` would).
     """
 
     platform: Platform
     search: Sequence[str] | None = None
+
+    @property
+    def packages(self) -> Packages:
+        """What its Python can import."""
+        return Packages(self.search)
 
     @property
     def gpus(self) -> list[str]:
@@ -46,12 +49,9 @@ class Machine:
         already. Nothing is initialised to find out.
         """
         if (text := os.environ.get(CAPABILITY_VARIABLE)) is not None:
-            return (from_text(text, CAPABILITY_VARIABLE),)
-        found = {capability_of(device) for device in self.platform.devices if device.kind == "nvidia"}
-        if None in found:
-            asked = self._from_torch()
-            return tuple(sorted(asked))
-        return tuple(sorted(c for c in found if c is not None))
+            return (capability_from(text, CAPABILITY_VARIABLE),)
+        known = {capability_of(device) for device in self.platform.devices if device.kind == "nvidia"}
+        return tuple(sorted(c for c in (self._from_torch() if None in known else known) if c is not None))
 
     def _from_torch(self) -> set[Capability]:
         torch = sys.modules.get("torch")
@@ -59,26 +59,11 @@ class Machine:
             return set()
         return {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
 
-    def locations(self, module: str) -> list[Path]:
-        """Return the folders of a top-level package (or the file of a module), without importing it."""
-        spec = PathFinder.find_spec(module, None if self.search is None else list(self.search))
-        if spec is None:
-            return []
-        if spec.submodule_search_locations is not None:
-            return [Path(folder) for folder in spec.submodule_search_locations]
-        return [] if spec.origin is None else [Path(spec.origin)]
-
-    def version(self, distribution: str) -> str | None:
-        """Return the version of an installed distribution."""
-        path = sys.path if self.search is None else list(self.search)
-        found = next(iter(metadata.distributions(name=distribution, path=path)), None)
-        return found.version if found else None
-
     def needs_torch(self) -> Availability | None:
         """Say what is missing before any vendor's kernels matter: a GPU, and a torch that was built for it."""
         if not self.gpus:
             return Availability(False, "no NVIDIA GPU here (/dev/nvidia* absent)")
-        if not self.locations("torch"):
+        if not self.packages.folders("torch"):
             return Availability(False, "torch is not installed", "pip install torch")
         build = str(self.platform.facts.get("torch_flavor") or "unknown")
         if not build.startswith("cu"):

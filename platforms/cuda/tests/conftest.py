@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from attn_dispatch.conformance.interface import install_together
 from attn_dispatch.hardware import detect
 from attn_dispatch_cuda.machine import Machine
-from attn_dispatch_cuda.vendors import beside, unpacked
+from platforms.cuda.evidence.packages import packages as vendors_packages
 
 MakeMachine = Callable[..., Machine]
 
@@ -39,7 +40,7 @@ def machine(tmp_path: Path) -> MakeMachine:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         # In one folder, as where pip installs: FlashAttention 4 lies within FlashAttention 2's.
-        found = [beside(tmp_path / "-".join(packages), *map(real, packages))] if packages else []
+        found = [install_together(tmp_path / "-".join(packages), *map(real, packages))] if packages else []
         platform = detect(root, environ={}, search=["site"])
         return Machine(platform, [str(root / "site"), *map(str, (*found, *more))])
 
@@ -48,7 +49,7 @@ def machine(tmp_path: Path) -> MakeMachine:
 
 def real(package: str) -> Path:
     """Return a vendor's unpacked package, or skip."""
-    folder = unpacked(package)
-    if folder is None:
-        pytest.skip(f"not run: {package} was not fetched (python -m attn_dispatch_cuda.vendors)")
-    return folder
+    found = vendors_packages()[package].path
+    if not found.exists():
+        pytest.skip(f"not run: {package} was not fetched (python -m platforms.cuda.evidence.packages)")
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import pytest
 import torch
 
 import attn_dispatch as ad
+from attn_dispatch.adapters.torch.cache_tensors import CacheTensors
+from attn_dispatch.adapters.torch.layer_pass import DeviceCall
+from attn_dispatch.adapters.torch.layer_tensors import LayerTensors
+from attn_dispatch.adapters.torch.plan import DevicePlan
+from attn_dispatch.conformance.interface import signature
 from attn_dispatch.contract import LayerParameters
+from attn_dispatch.errors import BackendLoadError
 from attn_dispatch_cuda.flash_attention import FlashAttentionBackend
-from attn_dispatch_cuda.flash_calls import CALLS, FlashStep, VllmFlash3
+from attn_dispatch_cuda.flash_attention_call import FUNCTIONS, FlashBatch, Functions
 from attn_dispatch_cuda.flash_versions import Installed, installed
-from attn_dispatch_cuda.layer import owned
-from attn_dispatch_cuda.signatures import signature
 
 from .conftest import MakeMachine, real
 
@@ -36,6 +41,7 @@ def spec(**fields: Any) -> ad.AttentionSpec:
     return ad.AttentionSpec(**(plain | fields))
 
 
+CPU = torch.device("cpu")
 FA2, FA3, FA4 = "flash-attn", "fa3-fwd", "flash-attn-4"
 H200, B200, A100, RTX, T4 = "NVIDIA H200", "NVIDIA B200", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 5090", "Tesla T4"
 
@@ -99,7 +105,7 @@ def test_the_fastest_that_fits_is_chosen(machine: MakeMachine) -> None:
 def test_the_early_flash_attention_4_in_flash_attns_own_package_is_not_taken_for_one(machine: MakeMachine) -> None:
     """flash-attn 2.8.3 installs `flash_attn.cute`, whose functions do not take what 4 is given."""
     there = machine(H200, packages=(FA2,))
-    assert (there.locations("flash_attn")[0] / "cute" / "interface.py").exists()
+    assert (there.packages.folders("flash_attn")[0] / "cute" / "interface.py").exists()
     assert [one.kind for one in installed(there)] == ["fa2"]
     for packages in ((FA2, FA4), (FA4,)):
         assert "fa4" in [one.kind for one in installed(machine(H200, packages=packages))]
@@ -113,8 +119,8 @@ def test_gpus_of_two_kinds_must_both_be_served(machine: MakeMachine) -> None:
 
 def test_what_a_build_lacks_is_read_from_its_file(machine: MakeMachine) -> None:
     (found,) = installed(machine(H200, packages=(FA3,)))
-    assert {"PAGEDKV", "LOCAL", "FP16"} <= found.off
-    assert not {"SOFTCAP", "VARLEN"} & found.off
+    assert {"PAGEDKV", "LOCAL", "FP16"} <= found.lacks
+    assert not {"SOFTCAP", "VARLEN"} & found.lacks
     verdict = FlashAttentionBackend("x/y", machine(H200, packages=(FA3,))).verdict(spec())
     assert "built without paged caches" in str(verdict)
     assert "FLASHATTENTION_DISABLE_PAGEDKV" in str(verdict)
@@ -198,27 +204,34 @@ def test_vllms_flash_attention_3(
     assert [refusal.field for refusal in verdict.refusals] == refused
 
 
-def given(kind: str, batch: ad.AttentionMetadata, layer: ad.AttentionSpec, *, lse: bool = False) -> tuple[str, Any]:
-    """Return what a version's function is given for a batch, with the step's tensors in host memory."""
-    version = Installed(kind, kind, "", Path())
-    step = FlashStep(version, layer, batch.view(layer.kind), torch.device("cpu"), paged=paged(layer), capacity=None)
-    own: dict[str, Any] = {}
+def device_call(
+    functions: Functions, batch: ad.AttentionMetadata, layer: ad.AttentionSpec, *, lse: bool = False, **own: Any
+) -> DeviceCall:
+    """A call of a version's function for a batch, with its tensors in host memory."""
+    plan = DevicePlan(spec=layer, view=batch.view(layer.kind))
+    on_cpu = FlashBatch(plan, CPU, paged=layer.kind != "encoder", functions=functions, capability=(9, 0))
     if layer.alibi:
         own["alibi_slopes"] = np.ones(layer.num_heads, np.float32)
     if layer.sinks:
-        own["sinks"] = np.ones(layer.num_heads, np.float32)
-    q = torch.zeros(batch.num_tokens, layer.num_heads, layer.head_size, dtype=torch.bfloat16)
-    key = torch.zeros(8, 256, layer.num_kv_heads, layer.head_size, dtype=torch.bfloat16)
-    mine = owned(LayerParameters(layer, **own), torch.device("cpu"))
-    return CALLS[kind](version).arguments(step, q, key, key, mine, lse=lse)
+        own.setdefault("sinks", np.ones(layer.num_heads, np.float32))
+    dtype = getattr(torch, layer.dtype)
+    q, k = (torch.zeros(batch.num_tokens, n, layer.head_size, dtype=dtype) for n in (layer.num_heads, 2))
+    cache = CacheTensors(FlashAttentionBackend("x/y").allocate(layer, 8, "cpu")) if on_cpu.paged else None
+    return DeviceCall(on_cpu, q, k, k, cache, LayerTensors.of(LayerParameters(layer, **own), CPU), None, lse)
 
 
-def paged(layer: ad.AttentionSpec) -> bool:
-    return layer.kind != "encoder"
+def arguments_of(
+    kind: str, batch: ad.AttentionMetadata, layer: ad.AttentionSpec, *, lse: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """What a version's function is given."""
+    functions = FUNCTIONS[kind](Installed(kind, kind, "", Path()))
+    if kind == "vllm-fa3":
+        vars(functions)["module"] = vllm_operator(VLLM_0_33)
+    return functions.arguments(device_call(functions, batch, layer, lse=lse))
 
 
 ENCODED = ad.AttentionMetadata.build([5, 9], [5, 9])
-FUNCTIONS = {
+SOURCES = {
     "fa2": (FA2, "flash_attn/flash_attn_interface.py"),
     "fa3": (FA2, "hopper/flash_attn_interface.py"),
     "fa3-fwd": (FA3, "fa3_fwd_interface.py"),
@@ -234,16 +247,16 @@ LAYERS: list[tuple[dict[str, Any], ad.AttentionMetadata]] = [
 
 
 @pytest.mark.interface
-@pytest.mark.parametrize("source", FUNCTIONS)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("fields", "batch"), LAYERS, ids=str)
 def test_the_vendors_functions_take_these_arguments(
     source: str, fields: dict[str, Any], batch: ad.AttentionMetadata
 ) -> None:
-    package, file = FUNCTIONS[source]
+    package, file = SOURCES[source]
     kind = source.removesuffix("-fwd")
     layer = spec(**fields)
     lse = not (source == "fa3" and layer.kind == "encoder")  # refused there: see the verdict
-    name, arguments = given(kind, batch, layer, lse=lse)
+    name, arguments = arguments_of(kind, batch, layer, lse=lse)
     vendor = signature(real(package) / file, name)
     bound = vendor.bind(**arguments).arguments
     assert bound["causal"] is layer.causal
@@ -258,16 +271,16 @@ def test_the_vendors_functions_take_these_arguments(
 
 
 @pytest.mark.interface
-def test_the_step_says_what_the_batch_is() -> None:
+def test_a_call_says_what_the_batch_is() -> None:
     """The decode, the prompt and the chunk as they are; padding attends to something, and is overwritten."""
-    _, arguments = given("fa4", BATCH, spec())
+    _, arguments = arguments_of("fa4", BATCH, spec())
     assert arguments["cu_seqlens_q"].tolist() == [0, 1, 10, 50, 53]
     assert arguments["seqused_k"].tolist() == [70, 9, 300, 3]
     assert arguments["page_table"].tolist() == [[3, 0], [5, 0], [0, 7], [0, 0]]
     assert (arguments["max_seqlen_q"], arguments["max_seqlen_k"]) == (40, 300)
-    _, arguments = given("fa2", BATCH, spec())
+    _, arguments = arguments_of("fa2", BATCH, spec())
     assert arguments["cu_seqlens_k"].tolist() == [0, 70, 79, 379, 382]
-    name, arguments = given("fa2", DECODES, spec(alibi=True))
+    name, arguments = arguments_of("fa2", DECODES, spec(alibi=True))
     assert name == "flash_attn_with_kvcache"
     assert arguments["q"].shape == (2, 1, 8, 128)
     assert arguments["alibi_slopes"].shape == (8,)
@@ -285,7 +298,7 @@ def test_a_flash_attention_3_that_gives_no_lse_outside_of_a_cache_is_asked_for_n
     assert [r.field for r in backend.verdict(spec(kind="encoder", returns_lse=True)).refusals] == ["returns_lse"]
     assert backend.verdict(spec(returns_lse=True))
     (found,) = installed(machine(H200, packages=(FA3,)))
-    assert "VARLEN_LSE" not in found.off
+    assert "VARLEN_LSE" not in found.lacks
 
 
 @pytest.mark.interface
@@ -297,35 +310,142 @@ def test_flash_attention_3_registers_this_operator() -> None:
         assert part in schema
 
 
+VLLM_0_33 = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor? out, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, "
+    "int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? rotary_cos, "
+    "Tensor? rotary_sin, Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, "
+    "float softmax_scale, bool is_causal, int window_size_left, int window_size_right, float softcap, "
+    "bool is_rotary_interleaved, Tensor? scheduler_metadata, int num_splits, bool? pack_gqa, int sm_margin, "
+    "Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k) -> Tensor[]"
+)
+"""The operator's arguments, by vLLM 0.33.0's wheel."""
+
+
+def vllm_operator(schema: str, run: Any = None) -> Any:
+    """An operator of torch's with this schema, in a library of its own; `run` computes it on the CPU."""
+    name = f"vllm_fa3_{next(_libraries)}"
+    library = torch.library.Library(name, "DEF")
+    library.define(f"fwd{schema}")
+    if run is not None:
+        library.impl("fwd", run, "CPU")
+    _kept.append(library)
+    return getattr(torch.ops, name)
+
+
+_libraries, _kept = count(), []  # type: ignore[var-annotated]
+
+
 @pytest.mark.interface
 def test_the_operator_in_vllms_wheel() -> None:
-    """Held against the schema in the library, where the wheel is installed."""
+    """Compared with the schema in the library, where the wheel is installed."""
     from importlib.util import find_spec
 
     found = find_spec("vllm")
     if found is None or not found.submodule_search_locations:
         pytest.skip("not run: vllm is not installed (its wheel has several hundred MB)")
     library = Path(found.submodule_search_locations[0]) / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so"
-    assert vllm_arguments(library.read_bytes()) == list(VllmFlash3.ORDER)
+    assert vllm_arguments(library.read_bytes()) == names_in(VLLM_0_33)
 
 
 def vllm_arguments(content: bytes) -> list[str]:
     """Return the names of the arguments of `fwd` in a compiled library."""
     (schema,) = {text.decode() for text in re.findall(rb"fwd\(Tensor!?  ?q,[ -~]{200,}", content)}
+    return names_in(schema[3:])
+
+
+def names_in(schema: str) -> list[str]:
     inside = schema.partition("(")[2].rpartition(") ->")[0]
     return [part.split()[-1].partition("=")[0] for part in inside.split(",")]
 
 
-def test_vllms_operator_is_given_all_its_arguments_by_position() -> None:
-    name, arguments = given("vllm-fa3", BATCH, spec(sinks=True))
+def test_vllms_operator_is_given_its_arguments_by_name() -> None:
+    name, arguments = arguments_of("vllm-fa3", BATCH, spec(sinks=True))
     assert name == "fwd"
-    assert list(arguments) == list(VllmFlash3.ORDER)
+    assert set(arguments) == set(names_in(VLLM_0_33))
     assert len(arguments) == 37
     assert arguments["s_aux"].dtype == torch.bfloat16
     assert (arguments["cu_seqlens_k"], arguments["out"]) == (None, None)
-    _, arguments = given("vllm-fa3", ENCODED, spec(kind="encoder"))
+    assert (arguments["is_rotary_interleaved"], arguments["num_splits"], arguments["cp_world_size"]) == (True, 0, 1)
+    _, arguments = arguments_of("vllm-fa3", ENCODED, spec(kind="encoder"))
     assert (arguments["page_table"], arguments["seqused_k"]) == (None, None)
     assert arguments["cu_seqlens_k"].tolist() == [0, 5, 14]
+
+
+OLDER = VLLM_0_33.replace(", Tensor? s_aux, int cp_world_size, int cp_rank, Tensor? cp_tot_seqused_k", "")
+NEWER = VLLM_0_33.replace("Tensor? cp_tot_seqused_k", "Tensor? cp_tot_seqused_k, Tensor? mask=None, int tile=64")
+ORDERED = VLLM_0_33.replace("Tensor? page_table, Tensor? kv_batch_idx", "Tensor? kv_batch_idx, Tensor? page_table")
+
+
+@pytest.mark.parametrize("schema", [VLLM_0_33, OLDER, NEWER, ORDERED], ids=["0.33", "older", "newer", "reordered"])
+def test_an_operator_of_another_vllm_is_called_by_what_it_says_that_it_takes(schema: str) -> None:
+    """An operator of torch's own, with that schema: the dispatcher refuses what does not fit it."""
+    seen: dict[str, Any] = {}
+
+    def run(*args: Any) -> list[torch.Tensor]:
+        seen.update(zip(names_in(schema), args, strict=False))  # defaults at the end are left out
+        return [torch.zeros_like(args[0]), args[0].new_zeros(args[0].shape[1], len(args[0]), dtype=torch.float32)]
+
+    functions = FUNCTIONS["vllm-fa3"](Installed("vllm-fa3", "FlashAttention 3 of the vLLM wheel", "0.1", Path()))
+    vars(functions)["module"] = vllm_operator(schema, run)
+    call = device_call(functions, BATCH, spec(sinks=True), lse=True)
+    out, lse = functions.attend(call)
+    assert (tuple(out.shape), tuple(lse.shape)) == ((53, 8, 128), (53, 8))  # type: ignore[union-attr]
+    assert torch.equal(seen["page_table"], call.batch.tables)
+    assert torch.equal(seen["seqused_k"], call.batch.lens)
+    assert (seen["is_causal"], seen["max_seqlen_k"], seen["kv_batch_idx"]) == (True, 300, None)
+    # Where the operator takes no sinks, they are added to what it returns.
+    assert functions.takes_sinks(call) is ("s_aux" in seen)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (VLLM_0_33.replace("int sm_margin", "int sm_margin, int fancy"), "wants fancy, which is not known here"),
+        (VLLM_0_33.replace("Tensor? page_table, ", ""), "takes no page_table"),
+    ],
+)
+def test_an_operator_that_cannot_be_called_rightly_is_refused_before_it_is(schema: str, words: str) -> None:
+    functions = FUNCTIONS["vllm-fa3"](Installed("vllm-fa3", "FlashAttention 3 of the vLLM wheel", "0.1", Path()))
+    vars(functions)["module"] = vllm_operator(schema)
+    with pytest.raises(BackendLoadError, match=words):
+        functions.attend(device_call(functions, BATCH, spec()))
+
+
+@pytest.mark.parametrize("kind", ["fa3", "vllm-fa3"])
+def test_rounded_queries_are_scaled_by_their_own_sequence(kind: str) -> None:
+    """What padding holds, and who else is in the batch, changes nothing in another sequence's queries."""
+    layer = spec(kv_cache_dtype="float8_e4m3fn")
+    functions = FUNCTIONS[kind](Installed(kind, kind, "", Path()))
+    if kind == "vllm-fa3":
+        vars(functions)["module"] = vllm_operator(VLLM_0_33)
+    torch.manual_seed(0)
+    rows = torch.randn(53, 8, 128).bfloat16()
+    rows[10:50] *= 1000
+    results = []
+    for padding in (0.0, 1e30, torch.nan, torch.inf):
+        call = device_call(functions, BATCH, layer)
+        call.q = rows.clone()
+        call.q[50:] = padding
+        _, arguments = functions.arguments(call)
+        results.append((arguments["q"][:50].float(), arguments["q_descale"]))
+    for q, descale in results:
+        assert torch.equal(q, results[0][0])
+        assert torch.equal(descale[:3], results[0][1][:3])
+        assert torch.isfinite(descale).all()
+    descale = results[0][1]
+    assert descale.shape == (4, 2)
+    for s, (a, b) in enumerate([(0, 1), (1, 10), (10, 50)]):
+        assert descale[s, 0].item() == pytest.approx(rows[a:b].abs().max().item() / 448, rel=1e-6)
+        torch.testing.assert_close(
+            results[0][0][a:b] * descale[s, 0], rows[a:b].float(), rtol=2**-4, atol=1e-2 * 1000 ** (s == 2)
+        )
+    call = device_call(functions, BATCH, layer)
+    call.q = rows.clone()
+    call.q[3] = torch.nan  # in the second sequence
+    _, arguments = functions.arguments(call)
+    assert [bool(x) for x in torch.isnan(arguments["q_descale"][:, 0])] == [False, True, False, False]
+    assert torch.equal(arguments["q"][10:50].float(), results[0][0][10:50])
 
 
 @pytest.mark.interface
@@ -346,7 +466,7 @@ def test_the_vendor_means_by_these_arguments_what_the_contract_does(
 
     layer = spec(dtype="float32", writes_kv=False, **fields)
     batch = ad.AttentionMetadata.build([1, 9, 40], [70, 9, 300], [[3], [5], [0, 7]], block_size=256)
-    _, arguments = given(kind, batch, layer)
+    _, arguments = arguments_of(kind, batch, layer)
     rng = np.random.default_rng(0)
     q = rng.standard_normal((50, 8, 128)).astype(np.float32)
     key, value = (rng.standard_normal((8, 256, 2, 128)).astype(np.float32) for _ in range(2))

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attn_dispatch as ad
 from attn_dispatch.errors import ArrayError
-from attn_dispatch_cuda.flashinfer import FlashInferBackend, merges
+from attn_dispatch_cuda.flashinfer import FlashInferBackend, mergeable
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -41,7 +41,7 @@ def test_what_its_kernels_do_not_take_is_merged_by_the_core() -> None:
     """Without a GPU that is everything."""
     backend = FlashInferBackend("x/infer")
     given = states(3)
-    assert not merges(given)
+    assert not mergeable(given)
     for found, expected in zip(backend.merge_states(given), ad.merge_states(given), strict=True):
         assert torch.equal(found, expected)
     arrays = [(out.float().numpy(), lse.numpy()) for out, lse in given]
@@ -68,7 +68,7 @@ def test_what_its_kernels_do_not_take_is_merged_by_the_core() -> None:
 )
 def test_what_its_kernels_take(fields: dict[str, Any], taken: bool) -> None:
     with FakeTensorMode():
-        assert merges(elsewhere(**fields)) is taken
+        assert mergeable(elsewhere(**fields)) is taken
 
 
 def test_states_that_differ_are_left_to_the_core_which_refuses_them() -> None:
@@ -82,9 +82,9 @@ def test_states_that_differ_are_left_to_the_core_which_refuses_them() -> None:
             (out, torch.empty(8, 5, device="cuda")),
             (out, torch.empty(5, device="cuda")),
         ]
-        assert merges([first, (out, lse)])
-        assert not any(merges([first, other]) or merges([other, first]) for other in others)
-        assert not merges([(out.requires_grad_(), lse), first])
+        assert mergeable([first, (out, lse)])
+        assert not any(mergeable([first, other]) or mergeable([other, first]) for other in others)
+        assert not mergeable([(out.requires_grad_(), lse), first])
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     vendor = pytest.importorskip("flashinfer", reason="not run: flashinfer is not installed")
     called = []
 
-    def merge(name: str, outs: torch.Tensor, lses: torch.Tensor) -> State:
+    def by_formula(name: str, outs: torch.Tensor, lses: torch.Tensor) -> State:
         called.append(name)
         assert lses.dtype == torch.float32
         weights, wide = torch.exp2(lses.double()), outs.double()
@@ -110,10 +110,10 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def two(*given: torch.Tensor) -> State:
         v_a, s_a, v_b, s_b = bound(real_two, *given)
-        return merge("merge_state", torch.stack([v_a, v_b], 1), torch.stack([s_a, s_b], 1))
+        return by_formula("merge_state", torch.stack([v_a, v_b], 1), torch.stack([s_a, s_b], 1))
 
     def many(*given: torch.Tensor) -> State:
-        return merge("merge_states", *bound(real_many, *given))
+        return by_formula("merge_states", *bound(real_many, *given))
 
     monkeypatch.setattr(vendor, "merge_state", two)
     monkeypatch.setattr(vendor, "merge_states", many)
@@ -123,7 +123,7 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.interface
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_natural_in_natural_out(formula: list[str], count: int) -> None:
-    from attn_dispatch_cuda.flashinfer_merge import merged
+    from attn_dispatch_cuda.flashinfer_call import merge
 
     given = states(count)
     given[0] = (given[0][0].transpose(0, 1).contiguous().transpose(0, 1), given[0][1].T.contiguous().T)
@@ -132,7 +132,7 @@ def test_natural_in_natural_out(formula: list[str], count: int) -> None:
         nothing = 1 if s == count - 1 else 2
         out[:nothing], lse[:nothing] = 0, -torch.inf
     before = [(out.clone(), lse.clone()) for out, lse in given]
-    found, lse = merged(given)
+    found, lse = merge(given)
     assert formula == ["merge_state" if count == 2 else "merge_states"]
     expected, expected_lse = ad.merge_states([(out.double(), lse.double()) for out, lse in given])
     assert (found.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
@@ -176,7 +176,7 @@ def test_on_a_gpu_it_is_the_cores(count: int) -> None:
     given = states(count, rows=300, size=128, device="cuda")
     for out, lse in given:
         out[:2], lse[:2] = 0, -torch.inf
-    assert merges(given)
+    assert mergeable(given)
     found, lse = FlashInferBackend("x/infer").merge_states(given)
     expected, expected_lse = ad.merge_states(given)
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)

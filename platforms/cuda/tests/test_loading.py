@@ -11,7 +11,7 @@ import pytest
 from attn_dispatch.conformance.loading import loaded_vendors
 from attn_dispatch.dispatch import registry
 from attn_dispatch.hardware import Device
-from attn_dispatch_cuda.gpus import capability_of, from_text
+from attn_dispatch_cuda.gpus import capability_from, capability_of
 
 NAMES = ("cuda/flash-attention", "cuda/flashinfer", "cuda/xformers")
 
@@ -88,4 +88,4 @@ def test_capabilities_by_model(model: str, capability: tuple[int, int] | None) -
 
 def test_a_tegra_is_known_by_its_chip() -> None:
     assert capability_of(Device("nvidia", "A board", "/dev/nvgpu", {"soc": "tegra234"})) == (8, 7)
-    assert from_text(" 12.1 ", "X") == (12, 1)
+    assert capability_from(" 12.1 ", "X") == (12, 1)

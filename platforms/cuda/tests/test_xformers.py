@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import attn_dispatch as ad
-from attn_dispatch.errors import PlanError
-from attn_dispatch_cuda.batch import cut
-from attn_dispatch_cuda.store import Store
+from attn_dispatch.adapters.batch import HostBatch
+from attn_dispatch.adapters.torch.cache_tensors import CacheTensors
+from attn_dispatch.adapters.torch.layer_pass import DeviceCall
+from attn_dispatch.errors import BackendLoadError, PlanError
 from attn_dispatch_cuda.xformers import XformersBackend, interpreted
 
 from .conftest import MakeMachine, real
@@ -30,7 +31,7 @@ if interpreted():
 from xformers.ops import fmha  # noqa: E402
 from xformers.ops.fmha.triton_splitk import FwOp  # noqa: E402
 
-from attn_dispatch_cuda.xformers_step import XformersStep, pieces_of  # noqa: E402
+from attn_dispatch_cuda.xformers_call import XformersBatch, check_private_api, pieces_of  # noqa: E402
 
 SITE = Path(xformers.__file__).parent.parent
 BLOCK = 64
@@ -140,6 +141,10 @@ def reference(layer: ad.AttentionSpec, batch: ad.AttentionMetadata, q: Any, key:
     return shared.run(shared.plan(batch), q, cache=cache, return_lse=True)
 
 
+def device_call(batch: XformersBatch, q: torch.Tensor, cache: CacheTensors) -> DeviceCall:
+    return DeviceCall(batch, q, None, None, cache, None, None, False)  # type: ignore[arg-type]
+
+
 def vars_of(layer: ad.AttentionSpec) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in ad.AttentionSpec.__dataclass_fields__}
 
@@ -154,7 +159,7 @@ def test_its_own_masks_say_what_the_contract_means(name: str) -> None:
     view = batch.view(layer.kind)
     q = rng.standard_normal((view.num_tokens, 6, 64)).astype(np.float32)
     key, value = (rng.standard_normal((8, BLOCK, 2, 64)).astype(np.float32) for _ in range(2))
-    step = XformersStep(layer, view, CPU, paged=True, capacity=None)
+    step = XformersBatch(layer, view, CPU, paged=True)
     out = np.full((view.num_tokens, 6, 64), np.nan, np.float32)
     for rows, mask in step.calls:
         at = np.arange(view.num_tokens) if rows is None else rows.numpy()
@@ -188,11 +193,11 @@ def test_the_kernel_takes_what_it_is_given(name: str) -> None:
     layer = spec(**fields)
     view = batch.view(layer.kind)
     cache = ad.attention(layer, "reference").allocate(8).to_layout("NHD")
-    store = Store(cache)
-    step = XformersStep(layer, view, CPU, paged=True, capacity=None)
+    store = CacheTensors(cache)
+    step = XformersBatch(layer, view, CPU, paged=True)
     q = torch.zeros(view.num_tokens, 6, 64, dtype=torch.bfloat16)
     for rows, mask in step.calls:
-        given = step.arguments(q if rows is None else q[rows], store, mask)
+        given = step.arguments(device_call(step, q, store), q if rows is None else q[rows], mask)
         inputs = fmha.Inputs(**given)
         inputs.validate_inputs()
         reasons = FwOp.not_supported_reasons(inputs)
@@ -212,8 +217,9 @@ def test_too_small_pages_and_too_many_queries_are_the_kernels_own_limits() -> No
     mask = fmha.attn_bias.PagedBlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
         [20], [20], block_tables=torch.tensor([[4]], dtype=torch.int32), page_size=32
     )
-    step = XformersStep(layer, batch.view("decoder"), CPU, paged=True, capacity=None)
-    given = step.arguments(torch.zeros(20, 6, 64, dtype=torch.bfloat16), Store(cache), mask)
+    step = XformersBatch(layer, batch.view("decoder"), CPU, paged=True)
+    q = torch.zeros(20, 6, 64, dtype=torch.bfloat16)
+    given = step.arguments(device_call(step, q, CacheTensors(cache)), q, mask)
     reasons = " ".join(FwOp.not_supported_reasons(fmha.Inputs(**given)))
     assert "larger than 16 for causal" in reasons
     assert "page size should be divisible" in reasons
@@ -221,7 +227,7 @@ def test_too_small_pages_and_too_many_queries_are_the_kernels_own_limits() -> No
 
 def test_our_masks_equal_those_of_the_vendors_own_maker() -> None:
     fields, batch = BATCHES["decodes"]
-    step = XformersStep(spec(**fields), batch.view("decoder"), CPU, paged=True, capacity=None)
+    step = XformersBatch(spec(**fields), batch.view("decoder"), CPU, paged=True)
     ((_, mask),) = step.calls
     theirs = type(mask).from_seqlens(
         [1, 1, 1], [1, 70, 128], block_tables=torch.tensor([[4, 0], [3, 1], [0, 6]], dtype=torch.int32), page_size=BLOCK
@@ -239,7 +245,7 @@ def test_our_masks_equal_those_of_the_vendors_own_maker() -> None:
 
 def test_pieces_cover_every_query_once() -> None:
     batch = ad.AttentionMetadata.build([1, 37, 5, 16], [66, 100, 5, 40], [[4, 1], [3, 6], [0], [7]], BLOCK)
-    pieces = pieces_of(cut(batch.view("decoder"), BLOCK, paged=True), True)
+    pieces = pieces_of(HostBatch.of(batch.view("decoder"), spec(), paged=True), True)
     rows = np.concatenate([p.rows for p in pieces if p.rows is not None])
     assert sorted(rows.tolist()) == list(range(59))
     assert [p.query_lens[0] for p in pieces] == [1, 4, 16]
@@ -247,6 +253,33 @@ def test_pieces_cover_every_query_once() -> None:
 
 
 def test_a_fixed_plan_is_refused_with_words() -> None:
-    fields, batch = BATCHES["decodes"]
-    with pytest.raises(PlanError, match="cuda/flash-attention or cuda/flashinfer"):
-        XformersStep(spec(**fields), batch.view("decoder"), CPU, paged=True, capacity=256)
+    _, batch = BATCHES["decodes"]
+    with pytest.raises(PlanError, match="has no fixed plans"):
+        XformersBackend("x/y").fixed_plan(spec(), batch, 256)
+
+
+def test_pieces_of_more_queries_than_keys_read_a_key_each() -> None:
+    """A batch that writes nothing may have more queries than keys: no kernel is given a sequence without keys."""
+    batch = ad.AttentionMetadata.read_only([37], [3], [[4]], BLOCK)
+    host = HostBatch.of(batch.view("decoder"), spec(), paged=True)
+    pieces = pieces_of(host, True)
+    assert all((p.lens >= 1).all() for p in pieces)
+    assert sorted(length for p in pieces for length in p.lens.tolist())[-2:] == [2, 3]
+
+
+def test_an_xformers_whose_masks_are_made_of_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its masks' parts are private: another release may have others."""
+    check_private_api()
+
+    @dataclasses.dataclass
+    class Other:
+        seqstart: Any
+        max_seqlen: int
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fmha.attn_bias, "_SeqLenInfo", Other)
+        with pytest.raises(BackendLoadError, match="_SeqLenInfo has no min_seqlen, seqstart_py"):
+            check_private_api()
+    monkeypatch.delattr(fmha.attn_bias, "_PaddedSeqLenInfo")
+    with pytest.raises(BackendLoadError, match="_PaddedSeqLenInfo has no max_seqlen"):
+        check_private_api()

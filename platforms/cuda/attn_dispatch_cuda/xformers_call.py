@@ -7,9 +7,11 @@ can see: bottom-right causality makes that exact. Pieces of one length are one c
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -19,20 +21,46 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias
 from xformers.ops.fmha.triton_splitk import FwOp
 
+from attn_dispatch.adapters.batch import I32, HostBatch
+from attn_dispatch.adapters.torch.device_batch import Arrays, DeviceBatch
+from attn_dispatch.adapters.torch.layer_pass import DeviceCall
 from attn_dispatch.contract import AttentionSpec, BatchView
-from attn_dispatch.errors import PlanError
+from attn_dispatch.errors import BackendLoadError
 
-from .batch import I32, Batch
-from .step import Arrays, Step
-from .store import Store
 from .xformers import interpreted
 
-__all__ = ["LONGEST_PIECE", "Pieces", "XformersStep", "mask_of", "pieces_of"]
+__all__ = ["LONGEST_PIECE", "Pieces", "XformersBatch", "check_private_api", "mask_of", "pieces_of"]
 
 LONGEST_PIECE = 16
 
 # Triton's interpreter keeps the program that it is in in a global.
 _interpreter: AbstractContextManager[Any] = threading.Lock() if interpreted() else nullcontext()
+
+
+_PARTS = {
+    "_SeqLenInfo": {"seqstart", "max_seqlen", "min_seqlen", "seqstart_py"},
+    "_PaddedSeqLenInfo": {"seqlen", "seqlen_py", "padding", "seqstart", "seqstart_py", "max_seqlen", "min_seqlen"},
+}
+"""What masks are made of: private in xFormers, whose public makers of masks copy lengths back from the device."""
+
+
+def check_private_api() -> None:
+    """Refuse an xFormers whose masks are made of something else.
+
+    Raises:
+        BackendLoadError: naming what is missing, and the release that has it.
+    """
+    for name, fields in _PARTS.items():
+        kind = getattr(attn_bias, name, None)
+        known = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+        if missing := ", ".join(sorted(fields - known)):
+            raise BackendLoadError(
+                f"xFormers {metadata.version('xformers')}: attn_bias.{name} has no {missing}. pip install "
+                "xformers==0.0.35, whose masks this was written for"
+            )
+
+
+check_private_api()
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +80,7 @@ class Pieces:
     tables: I32
 
 
-def pieces_of(batch: Batch, causal: bool) -> list[Pieces]:
+def pieces_of(batch: HostBatch, causal: bool) -> list[Pieces]:
     """Cut a batch up for the kernel."""
     queries = np.diff(batch.query_start)
     if not batch.num_seqs:
@@ -67,15 +95,16 @@ def pieces_of(batch: Batch, causal: bool) -> list[Pieces]:
             size = LONGEST_PIECE if count - at >= LONGEST_PIECE else 1 << ((count - at).bit_length() - 1)
             by_size.setdefault(size, []).append((s, at))
             at += size
-    found = []
+    calls = []
     for size, pieces in sorted(by_size.items()):
         owner, begin = (np.array(column, np.int64) for column in zip(*pieces, strict=True))
         first = batch.query_start[owner].astype(np.int64) + begin
         rows = (first[:, None] + np.arange(size)).ravel()
-        lens = batch.lens[owner] - (queries[owner] - begin - size)
+        # Of more queries than keys the first see none: their rows are cleared, and read a key all the same.
+        lens = np.maximum(batch.lens[owner] - (queries[owner] - begin - size), 1)
         whole = len(by_size) == 1 and np.array_equal(rows, np.arange(batch.num_tokens))
-        found.append(Pieces(None if whole else rows, [size] * len(owner), lens.astype(np.int32), batch.tables[owner]))
-    return found
+        calls.append(Pieces(None if whole else rows, [size] * len(owner), lens.astype(np.int32), batch.tables[owner]))
+    return calls
 
 
 def mask_of(
@@ -114,26 +143,25 @@ def mask_of(
     return kind(q_seqinfo=q_seqinfo, k_seqinfo=k_seqinfo, block_tables=tables, page_size=page_size)
 
 
-class XformersStep(Step):
-    """A batch as calls of xFormers: for each, rows of q (None: all) and a mask."""
+class XformersBatch(DeviceBatch):
+    """A batch as calls of xFormers.
 
-    def __init__(
-        self, spec: AttentionSpec, view: BatchView, device: torch.device, *, paged: bool, capacity: int | None
-    ) -> None:
-        if capacity is not None:
-            raise PlanError(
-                "xFormers' masks keep lengths on the host: a captured graph would not see new ones. Use "
-                "cuda/flash-attention or cuda/flashinfer for fixed plans"
-            )
-        self._pieces: list[Pieces] = []
+    Attributes:
+        calls: for each call, rows of q (None: all) and a mask.
+    """
+
+    def __init__(self, spec: AttentionSpec, view: BatchView, device: torch.device, *, paged: bool) -> None:
+        super().__init__(spec, view, device, paged=paged)
         self.calls: list[tuple[torch.Tensor | None, Any]] = []
-        super().__init__(spec, view, device, paged=paged, capacity=None)
+        for i, pieces in enumerate(pieces_of(self.host, spec.causal)):
+            lens, tables, starts = (self.tensors[f"{name}{i}"] for name in ("lens", "tables", "starts"))
+            mask = mask_of(pieces, lens, tables, starts, spec.block_size, causal=spec.causal)
+            self.calls.append((self.tensors.get(f"rows{i}"), mask))
 
-    def more(self, batch: Batch, view: BatchView) -> Arrays:
-        """Every call's rows, lengths, tables and starts."""
-        self._pieces = pieces_of(batch, self.spec.causal)
+    def extra_arrays(self, host: HostBatch, view: BatchView) -> Arrays:
+        """Return every call's rows, lengths, tables and starts."""
         arrays: Arrays = {}
-        for i, pieces in enumerate(self._pieces):
+        for i, pieces in enumerate(pieces_of(host, self.spec.causal)):
             count, width = len(pieces.lens), pieces.tables.shape[1] * self.spec.block_size
             starts = np.stack([np.cumsum([0, *pieces.query_lens]), np.arange(count + 1) * width]).astype(np.int32)
             arrays |= {f"lens{i}": pieces.lens, f"tables{i}": pieces.tables, f"starts{i}": starts}
@@ -141,33 +169,19 @@ class XformersStep(Step):
                 arrays[f"rows{i}"] = pieces.rows
         return arrays
 
-    def bind(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Make the masks."""
-        for i, pieces in enumerate(self._pieces):
-            mask = mask_of(
-                pieces,
-                tensors[f"lens{i}"],
-                tensors[f"tables{i}"],
-                tensors[f"starts{i}"],
-                self.spec.block_size,
-                causal=self.spec.causal,
-            )
-            self.calls.append((tensors.get(f"rows{i}"), mask))
-
-    def arguments(self, q: torch.Tensor, store: Store, mask: Any) -> dict[str, Any]:
+    def arguments(self, call: DeviceCall, q: torch.Tensor, mask: Any) -> dict[str, Any]:
         """Return xFormers' inputs, by name, for queries [n, H, D].
 
         With groups: query [1, n, K, G, D] over keys [1, N * B, K, G, D] whose heads of a group are one in memory.
         """
         spec = self.spec
         groups, heads = spec.num_kv_heads, spec.group_size
-        query = q.reshape(1, -1, groups, heads, spec.head_size)
         key, value = (
             array.view(1, -1, groups, 1, spec.head_size).expand(-1, -1, -1, heads, -1)
-            for array in (store.key, store.value)
+            for array in (call.key, call.value)
         )
         return {
-            "query": query,
+            "query": q.reshape(1, -1, groups, heads, spec.head_size),
             "key": key,
             "value": value,
             "attn_bias": mask,
@@ -175,26 +189,23 @@ class XformersStep(Step):
             "output_dtype": q.dtype,  # partial results would be float32 by themselves
         }
 
-    def run(
-        self, q: torch.Tensor, store: Store, out: torch.Tensor | None, *, wants_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend, call by call."""
-        spec = self.spec
-        lse = q.new_empty((len(q), spec.num_heads), dtype=torch.float32) if wants_lse else None
+        spec, q, wants_lse = self.spec, call.q, call.return_lse
+        out, lse = None, q.new_empty((len(q), spec.num_heads), dtype=torch.float32) if wants_lse else None
         for rows, mask in self.calls:
-            picked = q if rows is None else q.index_select(0, rows)
-            given = self.arguments(picked, store, mask)
-            # By the operator itself: what its door would check, the verdict has, and the door is closed to a CPU.
+            queries = q if rows is None else q.index_select(0, rows)
+            inputs = fmha.Inputs(**self.arguments(call, queries, mask), is_partial=wants_lse)
+            # By the operator itself: what its public function would check, the verdict has, and that refuses a CPU.
             with _interpreter:
-                found, context = FwOp.apply(fmha.Inputs(**given, is_partial=wants_lse), needs_gradient=wants_lse)
+                result, context = FwOp.apply(inputs, needs_gradient=wants_lse)
             # [1, K, G, n] -> [n, H], natural.
             part = context.lse.reshape(spec.num_heads, -1).t().float() if wants_lse else None
-            found = found.reshape(len(picked), spec.num_heads, spec.value_head_size)
+            result = result.reshape(len(queries), spec.num_heads, spec.value_head_size)
             if rows is None:
-                return found, part
-            if out is None:
-                out = q.new_empty((len(q), spec.num_heads, spec.value_head_size))
-            out.index_copy_(0, rows, found)
+                return result, part
+            out = call.output() if out is None else out
+            out.index_copy_(0, rows, result)
             if lse is not None:
                 lse.index_copy_(0, rows, part)
         assert out is not None

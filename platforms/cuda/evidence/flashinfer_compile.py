@@ -1,6 +1,6 @@
-"""The compile cell: FlashInfer's kernels that this package calls, built by nvcc for a GPU that is not here.
+"""A compile check: FlashInfer's kernels that this package calls, built by nvcc for a GPU that is not here.
 
-    python -m attn_dispatch_cuda.compile_cell [--arch 9.0a] [--output FOLDER] [--again]
+    python -m platforms.cuda.evidence.flashinfer_compile [--arch 9.0a] [--output FOLDER] [--again]
 
 Builds the modules behind `cuda/flashinfer` (append, decode, prefill by the fa2 kernels, BatchAttention, merge)
 with FlashInfer's own build files, and reports what each kernel takes: registers, stack, shared memory. Exit status 0:
@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Kernel", "Toolkit", "build", "cache_folder", "kernels_in", "main", "prepare", "toolkit"]
+__all__ = ["Kernel", "Toolkit", "build", "kernels_in", "main", "prepare", "toolkit"]
 
 _PARTS = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 _SOURCES = ("flashinfer-python", "apache-tvm-ffi", "torch")
@@ -82,13 +82,6 @@ def toolkit() -> Toolkit | None:
         reader = home / "bin" / "cuobjdump"
         return Toolkit(home, release[1] if release else "", reader if reader.exists() else None)
     return None
-
-
-def cache_folder() -> Path:
-    """Where built modules are kept: ATTN_DISPATCH_CACHE_DIR, else the user's cache folder."""
-    given = os.environ.get("ATTN_DISPATCH_CACHE_DIR")
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attn-dispatch"
-    return base / "flashinfer"
 
 
 def key(found: Toolkit, arch: str) -> str:
@@ -205,9 +198,11 @@ def main(arguments: list[str] | None = None) -> int:
     found = toolkit()
     if found is None or shutil.which("ninja") is None:
         missing = "no nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl)" if found is None else "no ninja"
-        print(f"compile cell: {missing}", file=sys.stderr)
+        print(f"compile check: {missing}", file=sys.stderr)
         return 1
-    work = cache_folder() / key(found, options.arch)
+    from attn_dispatch.adapters.environment import make_cache_folder
+
+    work = make_cache_folder("flashinfer", key(found, options.arch))
     prepare(found, work, options.arch)
     print(f"flashinfer-python {_version('flashinfer-python')}, nvcc {found.release}, for {options.arch}")
     rows: list[dict[str, Any]] = []
@@ -218,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             library, seconds = build(name, make(), options.again)
             kernels = kernels_in(library, found.cuobjdump) if found.cuobjdump else []
-        except Exception as error:  # whatever the compiler says is the result of the cell
+        except Exception as error:  # whatever the compiler says is the result
             print(f"{name:<15} FAILED\n{str(error)[-4000:]}")
             failed = True
             continue
@@ -264,7 +259,7 @@ def _write(folder: Path, found: Toolkit, arch: str, rows: list[dict[str, Any]]) 
         f"# FlashInfer's kernels, compiled for {arch} without a GPU",
         "",
         f"flashinfer-python {versions['flashinfer-python']}, nvcc {found.release}; bfloat16, head size 128. Written by",
-        "`python -m attn_dispatch_cuda.compile_cell --output docs/evidence`. Compiled, not run.",
+        "`python -m platforms.cuda.evidence.flashinfer_compile --output docs/evidence`. Compiled, not run.",
         "",
         "| module | MiB | kernels | registers | stack, bytes | static shared, bytes |",
         "|---|---|---|---|---|---|",

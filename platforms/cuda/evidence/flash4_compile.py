@@ -1,6 +1,6 @@
 """FlashAttention 4's kernels, compiled for GPUs that are not here, from the very calls of this package.
 
-    python -m attn_dispatch_cuda.flash4_cell [--arch sm_90 sm_100] [--path FOLDER] [--again]
+    python -m platforms.cuda.evidence.flash4_compile [--arch sm_90 sm_100] [--path FOLDER] [--again]
 
 Each case is a layer that the verdict says yes to; the arguments of its call, as tensors without contents, go through
 `flash_attn_varlen_func`, which compiles the kernel that they need. Exit status 0: all compiled (or had been, by the
@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from attn_dispatch import AttentionMetadata, AttentionSpec
+from attn_dispatch.adapters.environment import make_cache_folder
 from attn_dispatch.contract import LayerParameters
-
-from .compile_cell import cache_folder
-from .flash_versions import Installed, choose
+from attn_dispatch_cuda.flash_versions import Installed, choose
 
 __all__ = ["CASES", "main"]
 
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         return compile_all(options.one)
     failed = False
     for arch in options.arch:
-        done = cache_folder() / f"flash4-{key(arch, options.path)}.json"
+        done = make_cache_folder("flashinfer") / f"flash4-{key(arch, options.path)}.json"
         if done.exists() and not options.again:
             rows = json.loads(done.read_text())
             print(f"{arch}: {len(rows)} kernels, compiled before")
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             "FLASH_ATTENTION_NUM_SMS": processors,
             "PYTHONPATH": os.pathsep.join(filter(None, [options.path, os.environ.get("PYTHONPATH", "")])),
         }
-        command = [sys.executable, "-W", "ignore", "-m", "attn_dispatch_cuda.flash4_cell", "--one", arch]
+        command = [sys.executable, "-W", "ignore", "-m", "platforms.cuda.evidence.flash4_compile", "--one", arch]
         ran = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=False)
         *lines, last = ran.stdout.splitlines() or [""]
         print("\n".join(lines))
@@ -75,7 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{arch}: FAILED {last}")
             failed = True
             continue
-        done.parent.mkdir(parents=True, exist_ok=True)
         done.write_text(last)
     return 1 if failed else 0
 
@@ -87,10 +85,12 @@ def key(arch: str, path: str) -> str:
     for name in _DISTRIBUTIONS:
         found = next(iter(distributions(name=name, path=folders)), None)
         parts.append(f"{name} {found.version if found else 'absent'}")
-    here = Path(__file__).parent
-    parts += [
-        (here / name).read_text() for name in ("flash4_cell.py", "flash_calls.py", "flash_versions.py", "batch.py")
-    ]
+    import attn_dispatch.adapters.batch
+    import attn_dispatch_cuda.flash_attention_call
+
+    own = Path(attn_dispatch_cuda.flash_attention_call.__file__)
+    sources = (Path(__file__), own, own.with_name("flash_versions.py"), Path(attn_dispatch.adapters.batch.__file__))
+    parts += [source.read_text() for source in sources]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -98,8 +98,7 @@ def compile_all(arch: str) -> int:
     """Compile every case for one architecture; the last line is the result, as JSON."""
     import torch
 
-    from .flash_calls import Flash4, FlashStep, splits
-    from .layer import owned
+    from attn_dispatch_cuda.flash_attention_call import Flash4
 
     capability = _ARCHITECTURES[arch][0]
     version = Installed("fa4", "FlashAttention 4", "", Path(), module="flash_attn.cute")
@@ -107,17 +106,17 @@ def compile_all(arch: str) -> int:
     failed = 0
     for name, fields in CASES.items():
         spec = AttentionSpec(**({"num_heads": 32, "num_kv_heads": 8, "block_size": 64} | fields))
-        fits, no = choose([version], capability, spec, fp8_queries=False)
-        if fits is None:
-            print(f"{arch}  {name:<28} FAILED: the verdict is no: {no[0]}")
+        chosen, refusals = choose([version], capability, spec, fp8_queries=False)
+        if chosen is None:
+            print(f"{arch}  {name:<28} FAILED: the verdict is no: {refusals[0]}")
             failed += 1
             continue
-        calls, given = Flash4(version), _arguments(spec, FlashStep, Flash4(version), owned, torch)
-        given[1]["num_splits"] = splits(capability[0])
+        functions = Flash4(version)
+        function, arguments = functions.arguments(_call(spec, functions, capability))
         started = time.monotonic()
         try:
-            shapes = _compiled(torch, getattr(calls.module, given[0]), given[1])
-        except Exception as error:  # whatever the compiler dies of is the result of the cell
+            shapes = _compiled(torch, getattr(functions.module, function), arguments)
+        except Exception as error:  # whatever the compiler dies of is the result
             print(f"{arch}  {name:<28} FAILED: {type(error).__name__}: {str(error)[-600:]}")
             failed += 1
             continue
@@ -128,23 +127,33 @@ def compile_all(arch: str) -> int:
     return 1 if failed else 0
 
 
-def _arguments(spec: AttentionSpec, step_type: Any, calls: Any, owned: Any, torch: Any) -> tuple[str, dict[str, Any]]:
+def _call(spec: AttentionSpec, functions: Any, capability: tuple[int, int]) -> Any:
     """Return the call for a mixed batch, its tensors in host memory."""
     import numpy as np
+    import torch
 
+    from attn_dispatch.adapters.torch.cache_tensors import CacheTensors
+    from attn_dispatch.adapters.torch.layer_pass import DeviceCall
+    from attn_dispatch.adapters.torch.layer_tensors import LayerTensors
+    from attn_dispatch.adapters.torch.plan import DevicePlan
+    from attn_dispatch_cuda.flash_attention import FlashAttentionBackend
+    from attn_dispatch_cuda.flash_attention_call import FlashBatch
+
+    host = torch.device("cpu")
     paged = spec.kind != "encoder"
     tables = [[0], list(range(1, 40)), [40, 41, 42]] if paged else None
     lens = [9, 600, 40] if paged else [9, 300, 40]
-    batch = AttentionMetadata.build([1, 300, 40] if paged else lens, lens, tables, spec.block_size)
-    step = step_type(calls.version, spec, batch.view(spec.kind), torch.device("cpu"), paged=paged, capacity=None)
-    dtype = getattr(torch, spec.dtype)
-    q = torch.empty(batch.num_tokens, spec.num_heads, spec.head_size, dtype=dtype)
-    rows = (64, spec.block_size) if paged else (batch.num_tokens,)
-    key = torch.empty(*rows, spec.num_kv_heads, spec.head_size, dtype=dtype)
+    metadata = AttentionMetadata.build([1, 300, 40] if paged else lens, lens, tables, spec.block_size)
+    plan = DevicePlan(spec=spec, view=metadata.view(spec.kind))
+    batch = FlashBatch(plan, host, paged=paged, functions=functions, capability=capability)
+    q, k = (
+        torch.empty(metadata.num_tokens, heads, spec.head_size, dtype=getattr(torch, spec.dtype))
+        for heads in (spec.num_heads, spec.num_kv_heads)
+    )
+    cache = CacheTensors(FlashAttentionBackend("compiled").allocate(spec, 64, "cpu")) if paged else None
     own: dict[str, Any] = {"sinks": np.zeros(spec.num_heads, np.float32)} if spec.sinks else {}
-    mine = owned(LayerParameters(spec, **own), torch.device("cpu"))
-    found: tuple[str, dict[str, Any]] = calls.arguments(step, q, key, key.clone(), mine, lse=True)
-    return found
+    layer = LayerTensors.of(LayerParameters(spec, **own), host)
+    return DeviceCall(batch, q, k, k.clone(), cache, layer, None, True)
 
 
 def _compiled(torch: Any, function: Any, given: dict[str, Any]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The compile cell: that it fails where it should, with the real compiler on small kernels."""
+"""The compile checks: that they fail where it should, with the real compiler on small kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from attn_dispatch_cuda import compile_cell
+from platforms.cuda.evidence import flashinfer_compile
 
 KERNEL = """
 __global__ void twice(float* x) {{ x[threadIdx.x] *= 2.0f; {broken} }}
@@ -20,15 +20,15 @@ extern "C" void launch(float* x) {{ twice<<<1, 32>>>(x); }}
 
 
 def built(tmp_path: Path, broken: str) -> subprocess.CompletedProcess[str]:
-    """Build one kernel as FlashInfer builds its own, in a process that is prepared like the cell's."""
-    found = compile_cell.toolkit()
+    """Build one kernel as FlashInfer builds its own, in a process that is prepared like the check's."""
+    found = flashinfer_compile.toolkit()
     if found is None or shutil.which("ninja") is None:
         pytest.skip("not run: needs nvcc and ninja (nvidia-cuda-nvcc, ninja)")
     (tmp_path / "kernel.cu").write_text(KERNEL.format(broken=broken))
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from attn_dispatch_cuda import compile_cell as cell\n"
+        "from platforms.cuda.evidence import flashinfer_compile as cell\n"
         "work = Path(sys.argv[1])\n"
         "found = cell.toolkit()\n"
         "cell.prepare(found, work, '9.0a')\n"
@@ -64,7 +64,7 @@ def test_a_broken_kernel_fails(tmp_path: Path) -> None:
 
 def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
     """An interpreter that sees none of the wheels, with an empty path."""
-    environ = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(compile_cell.__file__).parent)}
+    environ = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(flashinfer_compile.__file__).parent)}
     script = (
         "import importlib.util, sys\n"
         "spec = importlib.util.spec_from_file_location('cell', sys.argv[1])\n"
@@ -74,7 +74,7 @@ def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
         "sys.exit(cell.main([]))\n"
     )
     python = os.path.realpath(sys.executable)  # outside of any environment
-    command = [python, "-I", "-S", "-c", script, compile_cell.__file__]
+    command = [python, "-I", "-S", "-c", script, flashinfer_compile.__file__]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "no nvcc (pip install nvidia-cuda-nvcc" in done.stderr
@@ -83,7 +83,15 @@ def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
 def test_flash_attention_4_that_cannot_be_had_fails(tmp_path: Path) -> None:
     """No package where the path says, and none in the environment: nothing passes for compiled."""
     environ = os.environ | {"ATTN_DISPATCH_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "attn_dispatch_cuda.flash4_cell", "--arch", "sm_90", "--path", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "platforms.cuda.evidence.flash4_compile",
+        "--arch",
+        "sm_90",
+        "--path",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if find_spec("flash_attn") is not None:
         pytest.skip("not run: a flash_attn is installed here")
