@@ -21,6 +21,10 @@ from attn_dispatch.errors import ModelError
 __all__ = ["LayerMask", "MaskPattern", "mask_of", "padding_mask"]
 
 _ATTRIBUTE = "attn_dispatch_mask"
+_NO_FORM = (
+    "this model's mask is more than causality, a window and padding (packed sequences without a cache, image tokens "
+    "that see each other, prefix language models): the contract has no form for it"
+)
 
 
 @dataclass(frozen=True)
@@ -42,15 +46,26 @@ class LayerMask:
     """The mask of one kind of layer in one forward.
 
     Attributes:
-        pattern: padding aside.
+        pattern: padding aside; or why there is none: the error of the first layer that attends with it.
         padding: bool[batch, columns] on the host, True for tokens; None when all are tokens.
         memo: batches and plans that layers with this mask share.
     """
 
-    def __init__(self, pattern: MaskPattern, padding: npt.NDArray[np.bool_] | None = None) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: MaskPattern | str, padding: npt.NDArray[np.bool_] | None = None) -> None:
+        self._pattern = pattern
         self.padding = padding
         self.memo: dict[Hashable, Any] = {}
+
+    @property
+    def pattern(self) -> MaskPattern:
+        """Which keys a query sees, padding aside.
+
+        Raises:
+            ModelError: the mask is more than causality, a window, chunks and padding.
+        """
+        if isinstance(self._pattern, str):
+            raise ModelError(self._pattern)
+        return self._pattern
 
     @cached_property
     def has_gaps(self) -> bool:
@@ -83,6 +98,8 @@ def padding_mask(
 ) -> Any:
     """Return bool[batch, columns], True for tokens; as transformers calls it.
 
+    Models make masks that none of their layers uses: one that has no form here is refused by the first layer that does.
+
     Args:
         batch_size: sequences.
         q_length: columns of queries.
@@ -96,31 +113,28 @@ def padding_mask(
         allow_is_bidirectional_skip: likewise for layers that see both sides.
         device: the model's.
         kwargs: what other implementations take.
-
-    Raises:
-        ModelError: the mask is more than causality, a window, chunks and padding.
     """
     # transformers allows its own kernels to skip the mask exactly when causality (or its absence) says it all.
     if not (allow_is_causal_skip or allow_is_bidirectional_skip):
-        raise ModelError(
-            "this model's mask is more than causality, a window and padding (packed sequences without a cache, image "
-            "tokens that see each other, prefix language models): the contract has no form for it"
-        )
-    pattern = MaskPattern(causal=True) if mask_function is None else _pattern(mask_function, local_size)
+        pattern: MaskPattern | str = _NO_FORM
+    else:
+        pattern = MaskPattern(causal=True) if mask_function is None else _pattern(mask_function, local_size)
     if attention_mask is None:
         mask, host = torch.ones(batch_size, int(kv_length), dtype=torch.bool, device=device), None
     else:
         mask = attention_mask.detach()  # another object: each kind of layer has its own pattern
         host = mask.to("cpu", copy=True).numpy()
+    if isinstance(pattern, str):
+        mask = mask[:, None, None]  # in case that a model makes another tensor of it: this shape is refused as well
     setattr(mask, _ATTRIBUTE, LayerMask(pattern, None if host is None or host.all() else host))
     return mask
 
 
-def _pattern(mask_function: Callable[..., Any], local_size: int | None) -> MaskPattern:
+def _pattern(mask_function: Callable[..., Any], local_size: int | None) -> MaskPattern | str:
     """Read a mask's pattern off its function, by asking it about a few queries and keys.
 
-    Raises:
-        ModelError: it is none of those that `MaskPattern` describes.
+    Returns:
+        The pattern, or a sentence when it is none of those that `MaskPattern` describes.
     """
 
     def sees(queries: list[int], keys: list[int]) -> list[bool]:
@@ -143,7 +157,7 @@ def _pattern(mask_function: Callable[..., Any], local_size: int | None) -> MaskP
             return MaskPattern(causal=True, chunk=size)
     if own and local_size is not None and ahead and right and not right_beyond and back and beyond:
         return MaskPattern(causal=False, window=(size, size))
-    raise ModelError("this model's mask has a pattern that is neither causal, a window, chunks, nor none at all")
+    return "this model's mask has a pattern that is neither causal, a window, chunks, nor none at all"
 
 
 def mask_of(attention_mask: Any, module: Any, causal: bool, window: int | None) -> LayerMask:

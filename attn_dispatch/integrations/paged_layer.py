@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from copy import deepcopy
 from typing import Any, Self
+from weakref import ref
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -17,7 +19,7 @@ from attn_dispatch.integrations.masks import LayerMask
 from attn_dispatch.integrations.padding import pack, unpack
 from attn_dispatch.integrations.paged_state import PagedState
 
-__all__ = ["LayerUpdate", "PagedLayer", "update_of"]
+__all__ = ["LayerUpdate", "PagedLayer", "arriving_update"]
 
 _ATTRIBUTE = "attn_dispatch_update"
 
@@ -41,10 +43,39 @@ class LayerUpdate:
         self.written = False
 
 
-def update_of(key: Any) -> LayerUpdate | None:
-    """Return the update that keys come from (None: no paged cache)."""
+class _Pending(threading.local):
+    """The layer whose `update` was called last in this thread."""
+
+    layer: ref[PagedLayer] | None = None
+
+
+_pending = _Pending()
+
+
+def arriving_update(module: Any, key: Any, value: Any) -> LayerUpdate | None:
+    """Return the update that a module's keys come from (None: no paged cache).
+
+    Raises:
+        ModelError: the module has changed what `update` returned: expanded, split or combined it.
+    """
     update = getattr(key, _ATTRIBUTE, None)
-    return update if isinstance(update, LayerUpdate) else None
+    if isinstance(update, LayerUpdate):
+        update.layer.state.attended()
+        return update
+    layer = None if _pending.layer is None else _pending.layer()
+    if layer is None or layer.state.pending != layer.index or getattr(module, "layer_idx", layer.index) != layer.index:
+        return None
+    state = layer.state
+    state.attended()
+    step = state.step
+    if hasattr(module, "expand_kv") and step is not None and key.shape[::2] == (step.batch_size, step.length):
+        # Multi-head latent attention, in transformers' own words: each token's keys and values come from its latent
+        # alone. What is stored is what arrives, of the new tokens.
+        return LayerUpdate(layer, value)
+    raise ModelError(
+        f"{type(module).__name__} (layer {layer.index}) attends to other keys than those that the cache returned (it "
+        "expands or combines them afterwards), and only those are in its blocks: run it without a PagedCache"
+    )
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
@@ -70,6 +101,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         """Take part in the step. The keys carry the update to the attention function, which is what stores them."""
         self.state.join(self.index, self.step_number, key_states.shape[0], key_states.shape[2])
         self.step_number = self.state.number
+        _pending.layer = ref(self)
         if key_states is value_states:
             value_states = value_states.view_as(value_states)
         setattr(key_states, _ATTRIBUTE, LayerUpdate(self, value_states))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from copy import deepcopy
 from typing import Any, NamedTuple, Self
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Plan
@@ -17,7 +16,7 @@ from attn_dispatch.integrations.masks import LayerMask
 from attn_dispatch.integrations.padded_batch import PaddedBatch
 from attn_dispatch.integrations.padding import Columns
 
-__all__ = ["NAME", "BoundLayer", "PagedState", "PagedStep", "refuse_other_keys"]
+__all__ = ["NAME", "BoundLayer", "PagedState", "PagedStep"]
 
 NAME = "attn_dispatch"
 """The value of `attn_implementation=`."""
@@ -58,15 +57,6 @@ class BoundLayer(NamedTuple):
 
     def __deepcopy__(self, memo: Any) -> Self:
         return self
-
-
-class _Pending(threading.local):
-    """The state whose `update` was called last in this thread, and the keys of which were not attended to yet."""
-
-    state: ref[PagedState] | None = None
-
-
-_pending = _Pending()
 
 
 class PagedState:
@@ -142,7 +132,6 @@ class PagedState:
         if max(step_number, self.first_number) < self.number - 1:
             raise CacheError(f"layer {index} missed a step: its keys and values would be of other tokens")
         self.pending = index
-        _pending.state = ref(self)
 
     def _begin_padded(self, batch_size: int, length: int) -> None:
         if self.packed:
@@ -157,7 +146,6 @@ class PagedState:
     def attended(self) -> None:
         """Record that the pending keys have arrived at the attention function."""
         self.pending = None
-        _pending.state = None
 
     def ready(self, mask: LayerMask, device: Any) -> tuple[PagedStep, ScheduledStep]:
         """Return the step with its batch, which is made when the first layer attends."""
@@ -202,21 +190,3 @@ class PagedState:
         # Plans belong to the step that is over: the copy goes on with the next one.
         other.step = None if step is None else PagedStep(step.batch_size, step.length, deepcopy(step.batch, memo))
         return other
-
-
-def refuse_other_keys(module: Any) -> None:
-    """Refuse keys that come from no cache while those that a cache returned have not arrived.
-
-    Raises:
-        ModelError: the module has changed what `update` returned (expanded, split or concatenated it).
-    """
-    state = None if _pending.state is None else _pending.state()
-    if state is None or state.pending is None:
-        return
-    index = state.pending
-    if getattr(module, "layer_idx", index) == index:
-        state.attended()
-        raise ModelError(
-            f"{type(module).__name__} (layer {index}) attends to other keys than those that the cache returned (it "
-            "expands or combines them afterwards), and only those are in its blocks: run it without a PagedCache"
-        )

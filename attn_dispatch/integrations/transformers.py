@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, EncoderDecoderCache
 
-from attn_dispatch.errors import ModelError
+from attn_dispatch.errors import GradientError, ModelError
 from attn_dispatch.integrations.cacheless import attend_cacheless
 from attn_dispatch.integrations.layer_spec import LayerCall
 from attn_dispatch.integrations.masks import mask_of, padding_mask
 from attn_dispatch.integrations.paged_cache import PagedCache
-from attn_dispatch.integrations.paged_layer import update_of
-from attn_dispatch.integrations.paged_state import NAME, refuse_other_keys
+from attn_dispatch.integrations.paged_layer import arriving_update
+from attn_dispatch.integrations.paged_state import NAME
 
 __all__ = ["NAME", "PagedCache", "attach", "attention_forward", "padding_mask", "register"]
 
@@ -114,16 +114,12 @@ def attention_forward(
         kwargs: what other implementations take.
 
     Returns:
-        [batch, T, H, Dv], and None for the weights. A backward through it raises ModelError.
+        [batch, T, H, Dv], and None for the weights. A backward through it raises GradientError.
 
     Raises:
         ModelError: the layer asks for what the contract has no form for.
     """
-    update = update_of(key)
-    if update is None:
-        refuse_other_keys(module)
-    else:
-        update.layer.state.attended()
+    update = arriving_update(module, key, value)
     _check_arguments(module, dropout, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     mask = mask_of(attention_mask, module, bool(causal), sliding_window)
@@ -165,4 +161,4 @@ class _NoBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Refuse."""
-        raise ModelError(f"{NAME} has no gradients: train with attn_implementation='sdpa'")
+        raise GradientError(f"{NAME} has no gradients: train with attn_implementation='sdpa'")

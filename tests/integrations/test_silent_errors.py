@@ -44,10 +44,13 @@ def random_weights(model: Any) -> Any:
 
 
 def decoder(config: str, **sizes: Any) -> Any:
-    common = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
-    made = getattr(transformers, config)(**common, num_key_value_heads=2, num_hidden_layers=2, pad_token_id=0, **sizes)
-    made._attn_implementation = "eager"
-    return random_weights(transformers.AutoModelForCausalLM.from_config(made))
+    common = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    tiny = getattr(transformers, config)(**{**common, **sizes})
+    tiny._attn_implementation = "eager"
+    return random_weights(transformers.AutoModelForCausalLM.from_config(tiny))
 
 
 def encoder_decoder(kind: str) -> Any:
@@ -233,8 +236,41 @@ def test_masks_of_other_patterns_are_refused() -> None:
         return (query - key) % 2 == 0
 
     for size in (None, 4):
+        mask = padding_mask(1, 9, 9, mask_function=every_other, local_size=size)
         with pytest.raises(ModelError, match="neither causal, a window, chunks"):
-            padding_mask(1, 9, 9, mask_function=every_other, local_size=size)
+            _ = mask_of(mask, torch.nn.Module(), causal=True, window=None).pattern
+        with pytest.raises(ModelError, match="mask of shape"):  # also if it is copied on the way
+            mask_of(mask.clone(), torch.nn.Module(), causal=True, window=None)
+
+
+def test_a_mask_that_no_layer_uses_is_not_refused() -> None:
+    """Qwen2-MoE makes one for windows of no size."""
+    model = decoder("Qwen2MoeConfig", num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    ids, mask = ragged(4, 6)
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    model.set_attn_implementation(NAME)
+    with ad.use_backend("reference"):
+        found = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["DeepseekV2", "DeepseekV3", "MiniCPM3"])
+def test_latents_that_are_expanded_after_the_cache(kind: str) -> None:
+    sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    if kind != "MiniCPM3":
+        sizes |= {**experts, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    model = decoder(f"{kind}Config", head_dim=4, num_key_value_heads=4, **sizes)
+    ids, mask = ragged(9, 14)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    logits = model(ids, use_cache=False).logits
+    model.set_attn_implementation(NAME)
+    cache = PagedCache(model, backend="reference", block_size=4)
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **options), expected)
+    cache.reset()
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([6, 1, 7], 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), logits, **CLOSE)
 
 
 def test_a_copied_cache_has_blocks_of_its_own_and_no_weights(make_model: Make) -> None:

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="not run: needs torch")
 transformers = pytest.importorskip("transformers", reason="not run: needs transformers")
 
 import attn_dispatch as ad  # noqa: E402
-from attn_dispatch.errors import CacheError, ModelError  # noqa: E402
+from attn_dispatch.errors import CacheError, GradientError, ModelError  # noqa: E402
 from attn_dispatch.integrations.transformers import NAME, PagedCache, register  # noqa: E402
 
 register()
@@ -238,7 +238,7 @@ def test_there_is_no_backward_and_it_says_so(make_model: Make, trained: str, cac
             logits = model(ids, **options).logits
         torch.testing.assert_close(logits.detach(), expected, atol=1e-3, rtol=1e-4)
         assert logits.requires_grad
-        with pytest.raises(ModelError, match="no gradients"):
+        with pytest.raises(GradientError, match="no gradients"):
             logits.sum().backward()
 
 
