@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from . import wsl
 from .device import Device, describe
-from .nvidia import WSL_NODE
 from .pci import Function
 from .system_root import SystemRoot
 
@@ -21,6 +21,7 @@ VENDOR = "0x1002"
 _NODES = "sys/class/kfd/kfd/topology/nodes"
 # What Instinct cards call themselves: "processing accelerator", or "display controller" that is not VGA's.
 _ACCELERATOR_CLASSES = ("0x12", "0x0380")
+# ROCm's bridge to Windows' driver.
 _WSL_LIBRARIES = ("opt/rocm/lib/librocdxg.so", "opt/rocm/lib/librocdxg.so.1")
 
 # Targets that LLVM's AMDGPU user guide lists as APU: GPUs that are a part of a CPU.
@@ -49,7 +50,7 @@ def find(root: SystemRoot, functions: Iterable[Function]) -> list[Device]:
     devices = [device for node in nodes if (device := _device(root, node, version)) is not None]
     if not root.exists("dev/kfd"):
         _report_missing_node(root, devices, functions)
-        return _wsl(root)
+        return wsl.find(root, "amd", _WSL_LIBRARIES)
     if devices:
         access = root.access("dev/kfd", "Add the user to the group render")
         return [replace(device, facts={**device.facts, **access}) for device in devices]
@@ -99,14 +100,3 @@ def _device(root: SystemRoot, node: str, version: str | None) -> Device | None:
     if version:
         facts["driver"] = version
     return Device("amd", gfx, f"/{name}: simd_count {values['simd_count']}", facts)
-
-
-def _wsl(root: SystemRoot) -> list[Device]:
-    """Return the GPU behind Windows' driver, where ROCm's bridge to it is installed; its target is not told."""
-    if not root.exists(WSL_NODE):
-        return []
-    for library in _WSL_LIBRARIES:
-        if root.exists(library):
-            facts = {"node": f"/{WSL_NODE}", "library": f"/{library}", "wsl": "yes"}
-            return [Device("amd", "GPU of Windows", f"/{WSL_NODE} with /{library}", facts)]
-    return []

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import amd, cpu, intel, nvidia, pci, torch_build, tpu
+from . import amd, cpu, intel, nvidia, pci, torch_build, tpu, wsl
 from .device import Device, describe
 from .platforms import NAMES, PLATFORMS, Hardware, by_kind, by_name
 from .system_root import SystemRoot
@@ -85,9 +85,9 @@ def detect(
     installed = _devices(files)
     devices, hidden = _visible(installed, environ)
     name, notes = _choose(devices, build)
-    if not installed and files.exists(nvidia.WSL_NODE):
+    if not installed and files.exists(wsl.NODE):
         notes.append(
-            f"Windows shares a GPU (/{nvidia.WSL_NODE}), but no library to compute on it: neither CUDA's, which comes "
+            f"Windows shares a GPU (/{wsl.NODE}), but no library to compute on it: neither CUDA's, which comes "
             "with Windows' NVIDIA driver, nor ROCm's librocdxg"
         )
     deciding = _of(by_name(name), devices)

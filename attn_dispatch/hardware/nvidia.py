@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from . import wsl
 from .device import Device
 from .pci import Function
 from .system_root import SystemRoot
 
-__all__ = ["VENDOR", "WSL_NODE", "driver", "find"]
+__all__ = ["VENDOR", "driver", "find"]
 
 VENDOR = "0x10de"
-WSL_NODE = "dev/dxg"
 
+# CUDA's, which only Windows' NVIDIA driver brings.
 _WSL_LIBRARIES = ("usr/lib/wsl/lib/libcuda.so.1", "usr/lib/wsl/lib/libcuda.so")
 # The nodes of the GPU inside a Tegra, newest first. (Its /dev/nvidia0 may be the display's.)
 _TEGRA_NODES = ("dev/nvgpu/igpu0/ctrl", "dev/nvhost-ctrl-gpu", "dev/nvhost-gpu")
@@ -36,7 +37,7 @@ def find(root: SystemRoot, functions: Iterable[Function]) -> list[Device]:
     version = driver(root)
     by_node = dict(_described(root))
     devices = [_device(root, node, by_node.get(node, {}), version) for node in root.numbered("dev", "nvidia")]
-    devices = devices or _wsl(root)
+    devices = devices or wsl.find(root, "nvidia", _WSL_LIBRARIES)
     cards = [f for f in functions if f.vendor == VENDOR and f.pci_class.startswith(_DISPLAY_CLASS)]
     if cards and not devices:
         root.problems.append(
@@ -65,17 +66,6 @@ def _device(root: SystemRoot, node: str, described: dict[str, str], version: str
         facts["driver"] = version
     facts |= root.access(f"dev/{node}", "Ask for the permission, or for the group that has it")
     return Device("nvidia", described.get("Model") or "GPU", f"/dev/{node}", facts)
-
-
-def _wsl(root: SystemRoot) -> list[Device]:
-    """Return the GPU behind Windows' driver, where that is NVIDIA's: only it brings CUDA's library."""
-    if not root.exists(WSL_NODE):
-        return []
-    for library in _WSL_LIBRARIES:
-        if root.exists(library):
-            facts = {"node": f"/{WSL_NODE}", "library": f"/{library}", "wsl": "yes"}
-            return [Device("nvidia", "GPU of Windows", f"/{WSL_NODE} with /{library}", facts)]
-    return []
 
 
 def _tegra(root: SystemRoot) -> list[Device] | None:
