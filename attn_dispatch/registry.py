@@ -7,6 +7,9 @@ Finding reads package metadata only; no plug-in is imported, so one that is brok
 
     [project.entry-points."attn_dispatch.environment"]      # its own ATTN_DISPATCH_* variables, if it has any
     ATTN_DISPATCH_MINE_DEVICE = "my_package.paged:DEVICE"
+
+    [project.entry-points."attn_dispatch.commands"]         # commands of `attn-dispatch`, if it has any
+    mine = "my_package.command:mine"
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ __all__ = ["ENVIRONMENT_GROUP", "GROUP_PREFIX", "Entry", "Registry"]
 
 GROUP_PREFIX = "attn_dispatch.backends."
 ENVIRONMENT_GROUP = "attn_dispatch.environment"
+COMMANDS_GROUP = "attn_dispatch.commands"
 ANY = "any"
 
 # Names are printed in tables and told in messages, and end up in variables that are separated by commas.
@@ -53,6 +57,7 @@ class Registry:
         entries: the declarations, in order of rank.
         problems: declarations and metadata that make no sense, in words.
         environment: names of environment variables that plug-ins declare.
+        commands: of the command line, that plug-ins bring.
     """
 
     def __init__(self, entry_points: Iterable[EntryPoint] | None = None) -> None:
@@ -62,6 +67,7 @@ class Registry:
         self._lock = threading.RLock()
         points = list(self._installed() if entry_points is None else entry_points)
         self.environment = tuple(p.name for p in points if p.group == ENVIRONMENT_GROUP)
+        self.commands = tuple(p for p in points if p.group == COMMANDS_GROUP)
         self.entries = tuple(sorted(filter(None, map(self._entry, points))))
 
     def _installed(self) -> Iterator[EntryPoint]:

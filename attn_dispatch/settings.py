@@ -34,8 +34,6 @@ class Settings:
     prefer: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     platform: str | None = None
-    num_threads: int | None = None
-    cache_dir: str | None = None
 
     @classmethod
     def read(cls, known: Iterable[str] = (), environ: Mapping[str, str] | None = None) -> Settings:
@@ -69,9 +67,6 @@ class Settings:
             prefer=_names(environ.get(f"{PREFIX}PREFER", "")),
             disable=_names(environ.get(f"{PREFIX}DISABLE", "")),
             platform=platform,
-            num_threads=int(threads) if threads else None,
-            # A shell replaces the ~ of NAME=~/x, but not that of a file of variables, or of a container's.
-            cache_dir=os.path.expanduser(environ.get(f"{PREFIX}CACHE_DIR", "")) or None,
         )
 
 

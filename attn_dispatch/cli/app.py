@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from attn_dispatch.cli import doctor, verify
+from attn_dispatch.dispatch import registry
 from attn_dispatch.errors import AttentionDispatchError
 
 __all__ = ["app", "run"]
@@ -33,8 +34,23 @@ def _doctor(context: typer.Context) -> None:
 
 
 app.command("verify")(verify.verify)
-for _command in entry_points(group="attn_dispatch.commands"):
-    app.command(_command.name)(_command.load())
+
+
+def _add(command: EntryPoint) -> None:
+    """Add a plug-in's command; one that cannot be loaded says so when it is asked for, and not before."""
+    try:
+        app.command(command.name)(command.load())
+    except Exception as error:
+        reason = f"{command.name} cannot be loaded ({command.value}): {type(error).__name__}: {error}"
+
+        @app.command(command.name, help=reason)
+        def _broken() -> None:
+            typer.echo(f"error: {reason}", err=True)
+            raise typer.Exit(2)
+
+
+for _command in registry().commands:
+    _add(_command)
 
 
 def run() -> None:

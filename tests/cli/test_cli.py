@@ -109,3 +109,14 @@ def test_a_wrong_request_ends_with_two_and_says_why(arguments: tuple, environ: d
     assert done.returncode == 2
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_command_that_cannot_be_loaded_breaks_no_other(tmp_path: Path) -> None:
+    environ = install(tmp_path, "broken", "raise ImportError('no such vendor')\n")
+    points = tmp_path / "broken-2.0.dist-info" / "entry_points.txt"
+    points.write_text("[attn_dispatch.commands]\nsing = broken:sing\n")
+    done = run("sing", **environ)
+    assert (done.returncode, "ImportError: no such vendor" in done.stderr) == (2, True)
+    assert run("verify", "--help", **environ).returncode == 0
+    points.write_text("[attn_dispatch.commands]\nno equals sign\n")
+    assert run("verify", "--help", **environ).returncode == 0
