@@ -236,6 +236,8 @@ class Attention:
             self._check_array("v", v, (plan.num_new, *self._v_row), library)
             if not spec.writes_kv and cache is not None:
                 k = v = None  # the other layer has written its own
+            elif cache is not None:
+                cache.check_writable()
         elif k is None and v is None and cache is not None and cache.backend_state.get(_WRITTEN) is plan:
             plan = self._read_plan(plan)
         else:

@@ -229,7 +229,7 @@ class Backend(abc.ABC):
         return Verdict(self.name, note=note)
 
     def refuse(self, *refusals: Refusal) -> Verdict:
-        """Return a no for these reasons (a yes if there are none: collect, then `refuse(*found)`)."""
+        """Return a no for these reasons (a yes if there are none: collect, then `refuse(*refusals)`)."""
         return Verdict(self.name, refusals)
 
     # Moving blocks. These defaults suit any library whose arrays can be indexed and assigned (NumPy, torch).

@@ -1,4 +1,4 @@
-"""The reference is the oracle of everything else, so it is held against arithmetic that is written out here."""
+"""The reference is the oracle of everything else, so it is compared with arithmetic that is written out here."""
 
 from __future__ import annotations
 

@@ -107,6 +107,15 @@ class KVCache:
                     f"the cache's {name} array is {dtype_name(array.dtype)} {tuple(array.shape)}; layout "
                     f"{self.layout.name} with {self.num_blocks} blocks of {self.geometry} needs {dtype.name} {shape}"
                 )
+        self.check_writable()
+
+    def check_writable(self) -> None:
+        """Refuse arrays that cannot be written: an engine may have locked them since.
+
+        Raises:
+            CacheError: naming the array.
+        """
+        for name, array in self.arrays.items():
             if isinstance(array, np.ndarray) and not array.flags.writeable:
                 raise CacheError(f"the cache's {name} array is read-only: new keys and values are written into it")
 

@@ -68,8 +68,8 @@ class LayerParameters:
 def _per_head(spec: AttentionSpec, name: str, wanted: bool, given: Any) -> npt.NDArray[np.float32] | None:
     field = "alibi" if name == "alibi_slopes" else name
     if wanted != (given is not None):
-        found = "none was given" if given is None else "one was given"
-        raise SpecError(f"{name}: {found}, but the spec says {field}={wanted}; {name} is f32[H={spec.num_heads}]")
+        what = "none was given" if given is None else "one was given"
+        raise SpecError(f"{name}: {what}, but the spec says {field}={wanted}; {name} is f32[H={spec.num_heads}]")
     if given is None:
         return None
     try:

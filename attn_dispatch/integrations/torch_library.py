@@ -100,15 +100,15 @@ class Step:
                 "whose buffers stay. Make it with the backend's fixed_plan, and capture within "
                 "step(plans={attention: plan})"
             )
-        found = self._plans.get(group)
-        if found is None:
+        plan = self._plans.get(group)
+        if plan is None:
             if self.batch is None:
                 raise PlanError(
                     f"step() was given no plan for {layer.attention}, and no batch to make it of: give step(batch), "
                     "or this layer's plan too"
                 )
-            found = self._plans[group] = layer.attention.plan(self.batch)
-        return found
+            plan = self._plans[group] = layer.attention.plan(self.batch)
+        return plan
 
 
 _current: ContextVar[Step | None] = ContextVar("attn_dispatch_step", default=None)
@@ -233,14 +233,14 @@ def _cache_of(layer: Layer, arrays: Sequence[Any]) -> KVCache | None:
     """
     own = layer.cache
     if own is None or all(
-        given.data_ptr() == there.data_ptr() for given, there in zip(arrays, layer.arrays, strict=True)
+        given.data_ptr() == own_array.data_ptr() for given, own_array in zip(arrays, layer.arrays, strict=True)
     ):
         return own
-    for given, there in zip(arrays, layer.arrays, strict=True):
-        if (given.shape, given.dtype, given.device) != (there.shape, there.dtype, there.device):
+    for given, own_array in zip(arrays, layer.arrays, strict=True):
+        if (given.shape, given.dtype, given.device) != (own_array.shape, own_array.dtype, own_array.device):
             raise CacheError(
                 f"an array of the cache is {given.dtype} {tuple(given.shape)} on {given.device}, the layer's is "
-                f"{there.dtype} {tuple(there.shape)} on {there.device}"
+                f"{own_array.dtype} {tuple(own_array.shape)} on {own_array.device}"
             )
     copies = {
         name: as_library(given, library_of(array))
@@ -261,11 +261,11 @@ def _run(q: Any, k: Any, v: Any, cache: Sequence[Any], handle: Any, size: int, o
         )
     captured = q.is_cuda and torch.cuda.is_current_stream_capturing()
     plan = now.plan(layer, captured=captured)
-    found = layer.attention.run(plan, q, k, v, _cache_of(layer, cache), out, return_lse=lse)
+    result = layer.attention.run(plan, q, k, v, _cache_of(layer, cache), out, return_lse=lse)
     if out is not None:
-        return found[1].contiguous() if lse else None
+        return result[1].contiguous() if lse else None
     # What the fake says of strides has to be true.
-    return (found[0].contiguous(), found[1].contiguous()) if lse else found.contiguous()
+    return (result[0].contiguous(), result[1].contiguous()) if lse else result.contiguous()
 
 
 def _fake(q: Any, k: Any, v: Any, cache: Any, handle: Any, size: Any, out: Any = None, *, lse: bool) -> Any:
@@ -278,7 +278,7 @@ def _fake(q: Any, k: Any, v: Any, cache: Any, handle: Any, size: Any, out: Any =
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-# cudagraph_unsafe is not known to torch before 2.9 (there, capture is refused when it happens).
+# cudagraph_unsafe is not known to torch before 2.9 (own_array, capture is refused when it happens).
 _TAGS = [
     getattr(torch.Tag, name)
     for name in ("pt2_compliant_tag", "needs_exact_strides", "cudagraph_unsafe")

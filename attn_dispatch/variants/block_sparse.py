@@ -97,9 +97,9 @@ class BlockSparse(Variant):
         scaled = k_scale != 1.0 or v_scale != 1.0
         needs = [self._diagonal, Writer.spec_for(store)]
         self.backend = choose(needs, backend, scaled=scaled, purpose="BlockSparse", refuses=self._refuses)
-        owned: dict[str, Any] = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
-        self._attn = attention(self._diagonal, self.backend, **owned)
-        self._owned = owned
+        parameters: dict[str, Any] = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+        self._attn = attention(self._diagonal, self.backend, **parameters)
+        self._parameters = parameters
         self._writer: Writer = Writer(store, self.backend, k_scale=k_scale, v_scale=v_scale)
         self._cache_attn = self._writer.attn
 
@@ -155,9 +155,9 @@ class BlockSparse(Variant):
         if isinstance(pattern, Sequence):
             if len(pattern) != len(lens):
                 raise MetadataError(f"{len(pattern)} patterns for {len(lens)} sequences")
-            for s, one in enumerate(pattern):
+            for s, own_pattern in enumerate(pattern):
                 own = pieces.sequence == s
-                keep[:, own, : blocks[s]] = self._checked(one).keeps(query_blocks[own], int(blocks[s]))
+                keep[:, own, : blocks[s]] = self._checked(own_pattern).keeps(query_blocks[own], int(blocks[s]))
         elif most:
             keep[:] = self._checked(pattern).keeps(query_blocks, most)
         key = np.arange(most)
@@ -192,8 +192,8 @@ class BlockSparse(Variant):
         for part in range(ratio):
             at = block * ratio + part
             inside = at < table.shape[1]  # of a block that is not full, the rest is not there
-            found = table[pieces.sequence[piece[inside]], at[inside]]
-            pages[row[inside], place[inside] * ratio + part] = self._page(found, pattern[inside])
+            block_ids = table[pieces.sequence[piece[inside]], at[inside]]
+            pages[row[inside], place[inside] * ratio + part] = self._page(block_ids, pattern[inside])
         return tokens, pages
 
     def _page(self, block: I32, pattern: I64) -> Any:
@@ -203,7 +203,7 @@ class BlockSparse(Variant):
         return block.astype(np.int64) * heads + pattern * heads // self._patterns
 
     def _group(self, chosen: Bools, spec: AttentionSpec, rows: I64, lens: I64, table: I32) -> Group:
-        attn = self._attn if spec == self._attn.spec else attention(spec, self.backend, **self._owned)
+        attn = self._attn if spec == self._attn.spec else attention(spec, self.backend, **self._parameters)
         batch = AttentionMetadata.read_only(rows[chosen], lens[chosen], table[chosen], self.spec.block_size)
         if chosen.all():
             return Group((Pass(attn, attn.plan(batch)),))

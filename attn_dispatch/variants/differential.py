@@ -65,7 +65,7 @@ class DifferentialPlan(VariantPlan):
 
 _MANY_TOKENS = 8
 """New tokens per sequence from which on arithmetic costs more than reading the cache does."""
-_KEPT = "attn_dispatch.variants.differential"
+_VIEWS = "attn_dispatch.variants.differential"
 
 
 class Differential(Variant):
@@ -227,8 +227,8 @@ class Differential(Variant):
     def _run_one(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: KVCache) -> tuple[Array, Array]:
         """Return both maps' outputs, [T, H / 2, 2D] each; q, k and v are [T, pairs, 2, D]."""
         tokens, pairs, _, size = q.shape
-        nothing = new(q, (tokens, pairs, 1, size))
-        rows = concatenate([concatenate([q[:, :, :1], nothing], 3), concatenate([nothing, q[:, :, 1:]], 3)], 2).reshape(
+        zeros = new(q, (tokens, pairs, 1, size))
+        rows = concatenate([concatenate([q[:, :, :1], zeros], 3), concatenate([zeros, q[:, :, 1:]], 3)], 2).reshape(
             tokens, 2 * pairs, 2 * size
         )
         k, v = (None if x is None else x.reshape(x.shape[0], x.shape[1], 2 * size) for x in (k, v))
@@ -243,13 +243,13 @@ class Differential(Variant):
 
     def _halved(self, cache: KVCache, halves: Attention) -> PairCache:
         """Return both halves of a cache of pairs, made once."""
-        kept: Any = cache.backend_state.get(_KEPT)
-        if kept is None or any(kept[0][name] is not array for name, array in cache.arrays.items()):
+        views: Any = cache.backend_state.get(_VIEWS)
+        if views is None or any(views[0][name] is not array for name, array in cache.arrays.items()):
             first, second = (self._half_cache(cache, halves, side) for side in (0, 1))
             assert first is not None  # it was tried
             assert second is not None
-            kept = cache.backend_state[_KEPT] = (dict(cache.arrays), PairCache(first, second))
-        return kept[1]  # type: ignore[no-any-return]
+            views = cache.backend_state[_VIEWS] = (dict(cache.arrays), PairCache(first, second))
+        return views[1]  # type: ignore[no-any-return]
 
     def _run_four(self, plan: tuple[Plan, ...], q: Array, k: Array, v: Array, cache: PairCache) -> tuple[Array, Array]:
         writes, reads = self._attns

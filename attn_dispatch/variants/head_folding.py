@@ -17,7 +17,7 @@ from attn_dispatch.errors import SpecError
 
 __all__ = ["cannot_fold", "fold_cache", "fold_rows", "folded_spec", "unfold_rows"]
 
-_KEPT = "attn_dispatch.variants.head_folding"
+_FOLDED = "attn_dispatch.variants.head_folding"
 
 
 def folded_spec(spec: AttentionSpec, patterns: int) -> AttentionSpec:
@@ -63,9 +63,9 @@ def fold_cache(cache: KVCache, spec: AttentionSpec, layout: CacheLayout) -> KVCa
     """
     heads = cache.geometry.num_kv_heads
     shapes: Mapping[str, tuple[int, ...]] = layout.shapes(spec.geometry, cache.num_blocks * heads)
-    kept: Any = cache.backend_state.get(_KEPT)
-    if kept is not None and all(kept[0].get(name) is array for name, array in cache.arrays.items()):
-        return kept[1]  # type: ignore[no-any-return]
+    folded_before: Any = cache.backend_state.get(_FOLDED)
+    if folded_before is not None and all(folded_before[0].get(name) is array for name, array in cache.arrays.items()):
+        return folded_before[1]  # type: ignore[no-any-return]
     folded = {}
     for name, array in cache.arrays.items():
         shape = (cache.num_blocks * heads, 1, *array.shape[2:])
@@ -76,9 +76,9 @@ def fold_cache(cache: KVCache, spec: AttentionSpec, layout: CacheLayout) -> KVCa
                 "heads, or another backend"
             )
         folded[name] = array.reshape(shape)
-    made = KVCache(cache.owner, spec.geometry, layout, cache.num_blocks * heads, folded, cache.device)
-    cache.backend_state[_KEPT] = (dict(cache.arrays), made)
-    return made
+    one_head = KVCache(cache.owner, spec.geometry, layout, cache.num_blocks * heads, folded, cache.device)
+    cache.backend_state[_FOLDED] = (dict(cache.arrays), one_head)
+    return one_head
 
 
 def fold_rows(q: Array, patterns: int) -> Array:

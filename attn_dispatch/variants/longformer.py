@@ -82,7 +82,10 @@ class Longformer(Variant):
             or spec.window[0] < 0
             or (not spec.causal and spec.window[1] < 0)
         ):
-            raise SpecError(f"Longformer: kind={spec.kind}, window={spec.window}: needs a closed window to slide")
+            raise SpecError(
+                f"Longformer: kind={spec.kind}, window={spec.window}: needs window[0] >= 0, "
+                "and window[1] >= 0 if it is not causal"
+            )
         reads = replace(spec, writes_kv=False, returns_lse=True)
         globals_ = replace(reads, kind="decoder", causal=False, window=(-1, -1), sinks=False)
         full = replace(reads, window=(-1, -1)) if spec.causal else replace(globals_, sinks=spec.sinks)
@@ -120,21 +123,21 @@ class Longformer(Variant):
             raise MetadataError(
                 f"the batch has block_size={batch.block_size} or no block tables; needs {spec.block_size}"
             )
-        found = self._locate(view, global_tokens, global_blocks)
+        globals_at = self._locate(view, global_tokens, global_blocks)
         passes = [Pass(self._window, self._window.plan(self._window_batch(batch, view)))]
-        for side, table in ((0, found.forth), (1, found.back)):
-            seen = self._global_batch(view, found.positions, table, side)
+        for side, table in ((0, globals_at.forth), (1, globals_at.back)):
+            seen = self._global_batch(view, globals_at.positions, table, side)
             if seen is not None:
                 passes.append(Pass(self._globals, self._globals.plan(seen)))
         groups = [Group(tuple(passes))]
-        everything = self._everything_group(view, found.positions)
-        blocks = [view.side.highest_block, int(found.forth.max(initial=-1)), int(found.back.max(initial=-1))]
+        everything = self._everything_group(view, globals_at.positions)
+        blocks = [view.side.highest_block, int(globals_at.forth.max(initial=-1)), int(globals_at.back.max(initial=-1))]
         return VariantPlan(
             spec=spec,
             num_tokens=view.num_tokens,
             groups=(*groups, *([everything] if everything else [])),
             write=self._writer.plan(view) if spec.writes_kv else None,
-            copies=found.copies if found.copies[0] else None,
+            copies=globals_at.copies if globals_at.copies[0] else None,
             highest_block=max(blocks),
         )
 
@@ -149,7 +152,7 @@ class Longformer(Variant):
         if isinstance(tokens, int):
             positions = [np.arange(min(tokens, int(n))) for n in lens]
         else:
-            positions = [np.unique(np.asarray(one, np.int64)) for one in tokens]
+            positions = [np.unique(np.asarray(listed, np.int64)) for listed in tokens]
         if len(positions) != view.num_seqs or any(
             len(p) and (p[0] < 0 or p[-1] >= n) for p, n in zip(positions, lens, strict=True)
         ):
@@ -164,16 +167,16 @@ class Longformer(Variant):
             orders = [own] if self.spec.causal else [own, own[::-1]]
             if leading:
                 sides[0][s, :count] = table[s, :count]
-            given = [] if blocks is None else list(blocks[s])
+            own_blocks = [] if blocks is None else list(blocks[s])
             for side, order in enumerate(orders):
                 if not len(own) or (leading and side == 0):
                     continue
                 start = (side - leading) * count if leading else side * count
-                mine = np.asarray(given[start : start + count], np.int64)
+                mine = np.asarray(own_blocks[start : start + count], np.int64)
                 if len(mine) < count:
                     raise MetadataError(
                         f"sequence {s}: {len(own)} global tokens need {self.blocks_for(len(own))} global_blocks, "
-                        f"{len(given)} were given"
+                        f"{len(own_blocks)} were given"
                     )
                 sides[side][s, :count] = mine
                 at = np.arange(len(own))
@@ -214,7 +217,7 @@ class Longformer(Variant):
             sequence += [s] * len(changes)
             rows.append(np.diff(changes, append=new))
             seen.append(counts[changes])
-        if not rows or not any(one.any() for one in seen):
+        if not rows or not any(counts.any() for counts in seen):
             return None
         return AttentionMetadata.read_only(
             np.concatenate(rows), np.concatenate(seen), table[sequence], self.spec.block_size

@@ -20,7 +20,7 @@ from attn_dispatch.errors import CacheError
 
 __all__ = ["OneArrayCache", "key_and_value", "why_not"]
 
-_found: dict[tuple[Backend, AttentionSpec], str] = {}
+_reasons: dict[tuple[Backend, AttentionSpec], str] = {}
 
 
 class OneArrayCache(KVCache):
@@ -72,10 +72,10 @@ def why_not(attn: Attention, viewed: Callable[[int], KVCache | None]) -> str:
         attn: the layer.
         viewed: makes a zeroed cache of so many blocks out of views (None: its layout has none).
     """
-    tried = (attn.backend, attn.spec)
-    if tried not in _found:
-        _found[tried] = _try(attn, viewed)
-    return _found[tried]
+    key = (attn.backend, attn.spec)
+    if key not in _reasons:
+        _reasons[key] = _try(attn, viewed)
+    return _reasons[key]
 
 
 def _try(attn: Attention, viewed: Callable[[int], KVCache | None]) -> str:
@@ -88,7 +88,7 @@ def _try(attn: Attention, viewed: Callable[[int], KVCache | None]) -> str:
     q, k, v = (rng.standard_normal(shape).astype(numpy_dtype(spec.dtype)) for shape in shapes)
     if attn.spec.head_size >= spec.value_head_size and spec.num_kv_heads == 1:
         v = np.ascontiguousarray(k[:, :, : spec.value_head_size])  # the views may overlap: values that are keys
-    found = []
+    results = []
     try:
         for cache in (attn.allocate(3), viewed(3)):
             if cache is None:
@@ -97,9 +97,9 @@ def _try(attn: Attention, viewed: Callable[[int], KVCache | None]) -> str:
             rows = [as_library(x, library) for x in (q, k, v)]
             out = attn.run(attn.plan(batch), rows[0], rows[1], rows[2], cache)
             stored = cache.gather([0, 2])
-            found.append([np.asarray(as_numpy(x), np.float64) for x in (out, *stored)])
+            results.append([np.asarray(as_numpy(x), np.float64) for x in (out, *stored)])
     except Exception as error:  # somebody else's code: whatever it raises is the reason, and is kept
         return f"{type(error).__name__}: {error}"
-    if not all(np.array_equal(a, b) for a, b in zip(*found, strict=True)):
+    if not all(np.array_equal(a, b) for a, b in zip(*results, strict=True)):
         return "its result differs when a cache's arrays are views"
     return ""

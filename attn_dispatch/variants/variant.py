@@ -99,9 +99,9 @@ def refuse_fields(what: str, spec: AttentionSpec, *names: str) -> None:
         raise SpecError(f"{what}: block_size=None is for plain layers; choose one (ad.attention(spec).block_sizes)")
     plain = AttentionSpec(num_heads=spec.num_heads, head_size=spec.head_size, kind=spec.kind)
     for name in names:
-        found, expected = getattr(spec, name), getattr(plain, name)
-        if found != expected:
-            raise SpecError(f"{what}: {name}={found} has no meaning here; leave it at {expected}")
+        value, expected = getattr(spec, name), getattr(plain, name)
+        if value != expected:
+            raise SpecError(f"{what}: {name}={value} has no meaning here; leave it at {expected}")
 
 
 def attend(spec: AttentionSpec, groups: Sequence[Group], call: VariantCall) -> Any:
@@ -128,10 +128,10 @@ def attend(spec: AttentionSpec, groups: Sequence[Group], call: VariantCall) -> A
         merging = len(group.passes) > 1
         wants_lse = merging or call.return_lse
         states = []
-        for one in group.passes:
-            new_kv = (call.k, call.v) if one.writes else (None, None)
-            rows = take(call.queries[one.query], group.rows)
-            state = one.attn.run(one.plan, rows, *new_kv, call.cache, return_lse=wants_lse)
+        for step in group.passes:
+            new_kv = (call.k, call.v) if step.writes else (None, None)
+            rows = take(call.queries[step.query], group.rows)
+            state = step.attn.run(step.plan, rows, *new_kv, call.cache, return_lse=wants_lse)
             states.append(state if wants_lse else (state, None))
         part, part_lse = group.passes[0].attn.backend.merge_states(states) if merging else states[0]
         result = put(result, group.rows, part)

@@ -71,7 +71,7 @@ def same(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
 
 
 class Direct:
-    """A layer without the operators: what they are held against."""
+    """A layer without the operators: what they are compared with."""
 
     def __init__(self, attention: ad.Attention, cache: ad.KVCache | None) -> None:
         self.attention, self.cache = attention, cache

@@ -83,7 +83,7 @@ def eager(spec: ad.AttentionSpec, q: np.ndarray, key: np.ndarray, value: np.ndar
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_kits_rounded_computation_errs_like_torch(dtype: str) -> None:
-    """Clause 11 speaks of plain PyTorch's error; the kit computes it without torch. The two must be alike."""
+    """Clause 11 is about plain PyTorch's error; the kit computes it without torch. The two must be alike."""
     features = {"mixed", "window", "soft-cap", "ALiBi", "prefill"}
     errors = []
     for case in CASES:
