@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -25,6 +27,13 @@ def test_they_are_tried_before_what_is_portable() -> None:
     ranks = {entry.name: entry.rank for entry in registry().entries if entry.platform == "cuda"}
     assert [name for name in registry().ranked("cuda") if name in NAMES] == list(NAMES)
     assert max(ranks[name] for name in NAMES) < 60
+
+
+def test_an_installation_without_a_vendor_has_a_kernel_for_the_gpu() -> None:
+    """And not the exact, slow reference alone: Triton comes with torch's CUDA builds, its platform with this one."""
+    names = {re.split(r"[<>=;\[ ]", line)[0] for line in metadata.requires("attn-dispatch-cuda") or ()}
+    assert "attn-dispatch-triton" in names
+    assert list(registry().ranked("cuda"))[-2:] == ["cuda/xformers", "triton/paged"]
 
 
 def test_a_machine_without_a_gpu_is_told_so_and_can_fork() -> None:
