@@ -109,7 +109,7 @@ def _lacks_lse(interface: Path) -> frozenset[str]:
 
 def _argument_names(file: Path, function: str) -> frozenset[str]:
     """Return the names of a function's arguments in a source file; none when either is missing."""
-    if not file.exists():
+    if not file.is_file():
         return frozenset()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.FunctionDef) and node.name == function:

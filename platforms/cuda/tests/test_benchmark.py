@@ -69,9 +69,15 @@ def test_an_error_costs_a_row_and_a_kill_what_comes_after_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("cache_bytes", "free_bytes", "layers"),
-    [(1 << 20, 100 << 30, 100), (1 << 10, 100 << 30, 128), (60 << 20, 100 << 30, 2), (30 << 20, 100 << 30, 4), (8 << 30, 100 << 30, 2),
-     (8 << 30, 12 << 30, 1)],
-)  # fmt: skip
+    [
+        (1 << 20, 100 << 30, 100),
+        (1 << 10, 100 << 30, 128),
+        (60 << 20, 100 << 30, 2),
+        (30 << 20, 100 << 30, 4),
+        (8 << 30, 100 << 30, 2),
+        (8 << 30, 12 << 30, 1),
+    ],
+)
 def test_the_caches_that_are_run_in_turn_do_not_fit_the_l2(cache_bytes: int, free_bytes: int, layers: int) -> None:
     assert cuda_attention.num_layers(cache_bytes, 50 << 20, free_bytes) == layers
 

@@ -129,3 +129,67 @@ def test_the_device_is_that_of_the_tensors(backend: Backend) -> None:
         cache = attn.allocate(2 * -(-600 // spec.block_size), device)
         results.append(attn.run(attn.plan(metadata), *(x.to(device) for x in inputs), cache).cpu())
     torch.testing.assert_close(*results)
+
+
+def captured(attn: Any, plan: Any, inputs: list[torch.Tensor], cache: Any, out: torch.Tensor) -> torch.cuda.CUDAGraph:
+    """A graph of a layer, after what a vendor allocates and compiles was done."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            attn.run(plan, *inputs, cache, out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attn.run(plan, *inputs, cache, out)
+    return graph
+
+
+def test_a_host_that_is_steps_ahead_of_the_gpu(backend: Backend) -> None:
+    """Nothing is waited for between steps: each replay must still see the plan of its own step."""
+    if not backend.capabilities.fixed_plans:
+        pytest.skip("refused: xFormers' masks keep lengths on the host")
+    spec = plain(backend)
+    attn = ad.attention(spec, backend)
+    pages = 4 * -(-600 // spec.block_size)
+    cache, other = attn.allocate(pages), attn.allocate(pages)
+    cache.key.normal_()
+    cache.value.normal_()
+    other.key.copy_(cache.key)
+    other.value.copy_(cache.value)
+    steps = [[300 + i, 17 + 40 * i, 511 - 60 * i, 1 + 70 * i] for i in range(8)]
+    inputs, out = rows(spec, 4), torch.empty(4, 8, 128, dtype=torch.bfloat16, device="cuda")
+    plan = backend.fixed_plan(spec, batch(spec, steps[0]), 600)
+    graph = captured(attn, plan, inputs, cache, out)
+    results = []
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second, in which the host does all that follows
+    for lens in steps:
+        plan.renew(batch(spec, lens))
+        graph.replay()
+        results.append(out.clone())
+    for lens, found in zip(steps, results, strict=True):
+        expected = attn.run(attn.plan(batch(spec, lens)), *inputs, other)
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_two_streams_compute_side_by_side(backend: Backend) -> None:
+    """Long contexts, whose keys are split: partial results of one stream must not lie where the other's do."""
+    spec = plain(backend)
+    attn = ad.attention(spec, backend)
+    pages = 4 * -(-600 // spec.block_size)
+    jobs = []
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        cache, inputs = attn.allocate(pages), rows(spec, 4)
+        cache.key.normal_()
+        cache.value.normal_()
+        jobs.append((stream, cache, inputs, attn.run(attn.plan(batch(spec, [600] * 4)), *inputs, cache)))
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for stream, cache, inputs, _ in jobs:
+            with torch.cuda.stream(stream):
+                found.append(attn.run(attn.plan(batch(spec, [600] * 4)), *inputs, cache))
+        torch.cuda.synchronize()
+        for mine, (*_, expected) in zip(found, jobs, strict=True):
+            assert torch.equal(mine, expected)
