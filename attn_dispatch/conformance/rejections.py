@@ -389,10 +389,6 @@ REJECTIONS: Mapping[str, Rejection] = {
 }  # fmt: skip
 
 
-PENDING: Mapping[str, str] = {"a read-only cache": "the core does not refuse a read-only cache yet"}
-"""Rejections that the core does not make yet, with the reason; one that it makes fails until it is taken out."""
-
-
 def _unwilling(scene: Scene) -> Scene:
     if verdict_of(scene.backend, replace(scene.spec, returns_lse=True)):
         raise NotRun("the backend returns an LSE whenever it is asked")
@@ -428,10 +424,6 @@ def check_rejection(backend: Backend, name: str) -> None:
         # What the attempt itself could not make is no fault of the backend.
         if isinstance(error.__cause__, NotRun):
             raise error.__cause__ from None
-        if name in PENDING:
-            raise NotRun(PENDING[name]) from error
         raise
-    if name in PENDING:
-        raise ConformanceError(f"{name} is refused now: take it out of rejections.PENDING")
     if any(not np.array_equal(a, b) for a, b in zip(scene.before, map(to_host, contents(scene.cache)), strict=True)):
         raise ConformanceError(f"clause 10: {name} was refused, but the cache was written to before")
