@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-import attn_dispatch as ad
-from attn_dispatch.errors import ArrayError, GradientError
+torch = pytest.importorskip("torch", reason="not run: needs torch")
+
+import attn_dispatch as ad  # noqa: E402
+from attn_dispatch.errors import ArrayError, GradientError  # noqa: E402
 
 BACKENDS = [name for name, available in ad.backends().items() if available]
 
