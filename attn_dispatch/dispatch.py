@@ -184,6 +184,8 @@ def _report_choice(
         "%s runs %s on %s, by %s%s", name, what, request.platform, request.source,
         "".join(f"; {verdict.backend}: {verdict}" for verdict in refused),
     )  # fmt: skip
+    for disabled in request.settings.disable:
+        LOGGER.warning("%s is disabled by ATTN_DISPATCH_DISABLE", disabled)
     for verdict in refused:
         if verdict.failed:
             LOGGER.warning("%s cannot be used: %s", verdict.backend, verdict)

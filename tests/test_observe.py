@@ -120,6 +120,8 @@ def test_a_fallback_is_a_warning_in_the_log(caplog: pytest.LogCaptureFixture, mo
         ad.attention(SPEC)
     levels = [(record.levelname, "reference" in record.getMessage()) for record in caplog.records]
     assert ("INFO", True) in levels
+    disabled = [record.getMessage() for record in caplog.records if "is disabled by" in record.getMessage()]
+    assert len(disabled) == len(ad.backends()) - 1
     assert ("WARNING", True) in levels
 
 
