@@ -1,7 +1,6 @@
-"""`cuda/flashinfer`: FlashInfer's wrappers, planned in our plan and run in our run.
+"""`cuda/flashinfer`: FlashInfer's wrappers, planned in our plan and run in our run. Loading this imports no vendor.
 
-Loading this imports no vendor. Written against flashinfer-python 0.7.2.post1 (its Python, and its kernels' sources,
-which a compile check builds); never run on a GPU here.
+Written against flashinfer-python 0.7.2.post1 (its Python, and its kernels' sources); never run on a GPU here.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from attn_dispatch.contract import Array, AttentionSpec, CacheLayout, layout_nam
 from attn_dispatch.contract.dtypes import dtype_name
 
 from .backend import FALLBACK_HINT, UNVERIFIED, CudaBackend, shared_refusals
-from .gpus import Capability, sm
+from .flashinfer_mixed import not_by_one_kernel
+from .gpus import sm
 from .machine import Machine
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .flashinfer_call import InferBatch
 
-__all__ = ["MIXED", "FlashInferBackend", "kernels", "mergeable", "not_by_one_kernel"]
+__all__ = ["MIXED", "FlashInferBackend", "kernels", "mergeable"]
 
 KERNELS_VARIABLE = "ATTN_DISPATCH_CUDA_FLASHINFER"
 """`auto`, `fa2` or `fa3`: FlashInfer's prefill kernels. fa3 (Hopper) takes nvcc minutes where no wheel has it built."""
@@ -124,10 +124,7 @@ class FlashInferBackend(CudaBackend):
 
 
 def mergeable(states: Sequence[tuple[Array, Array]]) -> bool:
-    """Return whether FlashInfer's own kernels merge these results: on one GPU, of 16 bits, in a block of theirs.
-
-    A block has the threads of all heads; each thread takes 8 elements of a row.
-    """
+    """Return whether FlashInfer's kernels merge results: 16 bits, on one GPU, 8 elements a thread of one block."""
     if len(states) < 2:
         return False
     out, lse = states[0]
@@ -140,22 +137,6 @@ def mergeable(states: Sequence[tuple[Array, Array]]) -> bool:
         return False
     rows, heads, size = out.shape
     return tuple(lse.shape) == (rows, heads) and rows > 0 and size in _HEAD_SIZES and heads * (size // 8) <= 1024
-
-
-def not_by_one_kernel(spec: AttentionSpec, capabilities: Sequence[Capability]) -> str:
-    """Return why `BatchAttention` does not compute a layer's mixed batches here; empty when it does.
-
-    It launches two blocks per processor (one for head size 256) cooperatively, without asking whether they fit: 136 KiB
-    of shared memory for head sizes 128 and 256, where sm_86, sm_89 and sm_12x have 100.
-    """
-    if spec.kind == "encoder":
-        return "BatchAttention reads pages"
-    if spec.window[0] >= 0:
-        return "BatchAttention has no windows"
-    if spec.kv_cache_dtype != spec.dtype:
-        return f"BatchAttention is tried by its authors on a cache of the layer's own type ({spec.dtype})"
-    small = [sm(c) for c in capabilities if c[0] not in (9, 10, 11) and c not in ((8, 0), (8, 7))]
-    return f"BatchAttention's blocks do not fit {small[0]}'s shared memory" if small else ""
 
 
 def kernels(machine: Machine) -> str:

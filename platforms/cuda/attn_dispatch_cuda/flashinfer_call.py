@@ -125,8 +125,8 @@ class InferBatch(DeviceBatch):
             indices[: len(lists.indices)] = lists.indices
         arrays: Arrays = {"indices": indices, "indptr": lists.indptr, "last_page_len": lists.last_page_len}
         plain = spec.kind == "decoder" and spec.writes_kv and spec.kv_cache_dtype == spec.dtype and not self.fixed
-        # FlashInfer appends every row, at the end of its sequence, as it is.
-        if plain and host.idle is None and view.side.writes_all and view.num_new:
+        # FlashInfer appends every row of q's sequences, at the end of each, as it is.
+        if plain and host.idle is None and view.side.writes_all and host.num_tokens == view.num_new:
             queries = np.diff(host.query_start)
             sequence = np.repeat(np.arange(host.num_seqs, dtype=np.int32), queries)
             first = host.lens - queries - host.query_start[:-1]
@@ -146,10 +146,9 @@ class InferBatch(DeviceBatch):
             batch = self.host.part(first, last)
             lists = [torch.from_numpy(batch.key_start)]
             if self.paged:
-                indptr = self.arrays["indptr"][first : last + 1]
+                indptr, last_pages = self.arrays["indptr"][first : last + 1], self.arrays["last_page_len"][first:last]
                 pages = self.tensors["indices"][int(indptr[0]) : int(indptr[-1])]
-                lists = [torch.from_numpy(indptr - indptr[0]), pages]
-                lists.append(torch.from_numpy(self.arrays["last_page_len"][first:last]))
+                lists = [torch.from_numpy(indptr - indptr[0]), pages, torch.from_numpy(last_pages)]
             starts = torch.from_numpy(batch.query_start), torch.from_numpy(batch.lens)
             arguments, named = plan_arguments(self.spec, part, *starts, *lists)
             wrapper.plan(*arguments, **named)
@@ -159,9 +158,9 @@ class InferBatch(DeviceBatch):
         tensors, cache = self.tensors, call.cache
         if "positions" not in tensors or cache is None:
             return False
-        arrays = [tensors[name] for name in ("indices", "indptr", "last_page_len")]
         rows, pair = (tensors["sequence"], tensors["positions"]), (cache.key, cache.value)
-        flashinfer.append_paged_kv_cache(call.k, call.v, *rows, pair, *arrays, self._layout)
+        lists = [tensors[name] for name in ("indices", "indptr", "last_page_len")]
+        flashinfer.append_paged_kv_cache(call.k, call.v, *rows, pair, *lists, self._layout)
         return True
 
     def attend(self, call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -184,10 +183,9 @@ class InferBatch(DeviceBatch):
 
 
 def merge(states: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two results, or more, by one kernel that rounds once.
+    """Merge two results, or more, by one kernel that rounds once; its LSE is of base 2.
 
-    Its LSE is of base 2. A row that attended to nothing in every part stays 0 with an LSE of -inf: the kernels of 0.7.2
-    see to that themselves.
+    A row that attended to nothing in every part stays 0 with an LSE of -inf: the kernels of 0.7.2 see to that.
 
     Args:
         states: (out [T, H, D], lse f32[T, H], natural) as `flashinfer.mergeable` accepts them.

@@ -17,6 +17,8 @@ import torch
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.contract.dtypes import is_quantised
 
+from .flashinfer_mixed import mixed_bytes
+
 __all__ = [
     "Kind",
     "Workspace",
@@ -24,7 +26,6 @@ __all__ = [
     "WrapperKey",
     "decode_on_tensor_cores",
     "forget",
-    "mixed_bytes",
     "workspace_of",
 ]
 
@@ -54,17 +55,6 @@ def decode_on_tensor_cores(spec: AttentionSpec) -> bool:
     FlashInfer's CUDA-core kernel is compiled for few group sizes, and reads keys once for each head of a group.
     """
     return spec.group_size not in (1, 2)
-
-
-def mixed_bytes(spec: AttentionSpec, processors: int) -> int:
-    """Return how large a workspace `BatchAttention` plans with.
-
-    It sets aside the most partial results that its schedule can make, which grow with the key/value heads; its own
-    384 MiB are too little for 32 of them on an H200, where `plan` would fail.
-    """
-    blocks = processors * (1 if spec.head_size >= 256 else 2)
-    splits = 4 * blocks * (128 + 16)  # rows of a tile of prefills, and of decodes
-    return splits * spec.num_kv_heads * (2 * spec.value_head_size + 4) + 256
 
 
 class Wrapper:

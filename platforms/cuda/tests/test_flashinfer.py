@@ -15,7 +15,8 @@ import torch
 import attn_dispatch as ad
 from attn_dispatch.adapters.batch import HostBatch, page_lists
 from attn_dispatch.adapters.torch.plan import DevicePlan
-from attn_dispatch_cuda.flashinfer import MIXED_VARIABLE, FlashInferBackend, not_by_one_kernel
+from attn_dispatch_cuda.flashinfer import MIXED_VARIABLE, FlashInferBackend
+from attn_dispatch_cuda.flashinfer_mixed import mixed_bytes, not_by_one_kernel
 
 from .conftest import MakeMachine
 
@@ -23,7 +24,7 @@ flashinfer = pytest.importorskip("flashinfer", reason="not run: flashinfer is no
 
 from attn_dispatch_cuda import flashinfer_wrappers  # noqa: E402
 from attn_dispatch_cuda.flashinfer_call import InferBatch, Part, parts_of, plan_arguments  # noqa: E402
-from attn_dispatch_cuda.flashinfer_wrappers import WrapperKey, mixed_bytes, workspace_of  # noqa: E402
+from attn_dispatch_cuda.flashinfer_wrappers import WrapperKey, workspace_of  # noqa: E402
 from platforms.cuda.evidence.signature_check import on_host  # noqa: E402
 from platforms.cuda.evidence.stubs import flashinfer_stub  # noqa: E402
 
@@ -375,6 +376,9 @@ def test_what_does_not_fit_the_vendors_model_is_written_by_index(stub: Any, fiel
                                        encoder_block_tables=[[0], [4]])  # fmt: skip
     assert "positions" not in infer_batch(batch, **fields).tensors
     assert "positions" not in infer_batch(MIXED).tensors  # rows without a slot
+    writes = ad.AttentionMetadata.write_only(batch.view("decoder").side)
+    assert infer_batch(writes).writes is not None
+    assert "positions" not in infer_batch(writes).tensors  # rows of sequences that ask for nothing
     assert "positions" not in infer_batch(batch, capacity=64).tensors
 
 

@@ -51,16 +51,16 @@ def test_rows_are_what_was_compared_and_nothing_more(few: None, tmp_path: Path) 
     assert list(rows) == ["cuda/flash-attention", "cuda/flashinfer", "cuda/xformers"]
     for row in rows.values():
         assert not row.available
-        assert row.evidence == "interface"
+        assert row.evidence == "computed"
         assert row.machine == "NVIDIA H200 (not here)"
         states = {entry.feature: entry.state for entry in row.entries}
-        assert (states["mixed"], states["sinks"], states["float32"]) == ("interface", "interface", "no")
+        assert (states["mixed"], states["sinks"], states["float32"]) == ("computed", "computed", "no")
         assert "empty batch" not in states
     for title in ("FlashAttention 2 2.8.3.post2 (", "3 (flash_attn_interface) 3.0.0.b1 (", "4 4.0.0b36 ("):
         assert title in rows["cuda/flash-attention"].reason
         assert f"{title}0 cases" not in rows["cuda/flash-attention"].reason
     assert re.search(r"and [1-9]\d* cases also by BatchAttention", rows["cuda/flashinfer"].reason)
-    assert "| evidence | interface | interface | interface |" in as_markdown(rows.values())
+    assert "| evidence | computed | computed | computed |" in as_markdown(rows.values())
 
 
 @pytest.mark.parametrize(
