@@ -163,7 +163,7 @@ def select(
 def _refusal(
     request: Request, specs: AttentionSpec | Specs, verdicts: list[Verdict], scaled: bool, purpose: str
 ) -> str:
-    if isinstance(specs, AttentionSpec):
+    if isinstance(specs, AttentionSpec) and not purpose:
         return str(_explain(request, specs, scaled))
     passes = "\n".join(f"  {' or '.join(map(str, options))}" for options in alternatives(specs))
     return table(f"{purpose} is made of these passes:\n{passes}\nand no backend runs all of them", verdicts)
