@@ -13,7 +13,7 @@ from attn_dispatch.hardware import Platform
 
 from .gpus import Capability, capability_from, capability_of
 
-__all__ = ["CAPABILITY_VARIABLE", "Machine"]
+__all__ = ["CAPABILITY_VARIABLE", "Machine", "interpreted"]
 
 CAPABILITY_VARIABLE = "ATTN_DISPATCH_CUDA_CAPABILITY"
 """`9.0`: the compute capability of the GPUs, where neither the driver's files nor this package know the model."""
@@ -73,3 +73,8 @@ class Machine:
             reason = f"the compute capability of {self.gpus[0]} is not known"
             return Availability(False, reason, f"Set {CAPABILITY_VARIABLE}, as in {CAPABILITY_VARIABLE}=9.0")
         return None
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to interpret kernels; it reads this when the kernels are first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

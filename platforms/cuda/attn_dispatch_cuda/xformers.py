@@ -5,7 +5,6 @@ Loading this imports no vendor. Written against xformers 0.0.35: its Python, its
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +14,7 @@ from attn_dispatch.contract import NHD, AttentionSpec, CacheLayout
 
 from .backend import FALLBACK_HINT, UNVERIFIED, CudaBackend, shared_refusals
 from .gpus import sm
+from .machine import interpreted
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +29,6 @@ _HEAD_SIZES = (16, 32, 64, 128, 256, 512)
 _TRITONS = ("triton", "pytorch-triton", "triton-windows")
 _NO_BLOCK_POINTERS = (3, 9)
 """The Triton that ended what xFormers' kernel reads its tiles through (xFormers up to 0.0.35)."""
-
-
-def interpreted() -> bool:
-    """Whether Triton was told to interpret kernels; it reads this when the kernels are first imported."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 class XformersBackend(CudaBackend):

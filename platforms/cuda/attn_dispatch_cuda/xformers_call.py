@@ -27,7 +27,7 @@ from attn_dispatch.adapters.torch.layer_pass import DeviceCall
 from attn_dispatch.contract import AttentionSpec, BatchView
 from attn_dispatch.errors import BackendLoadError
 
-from .xformers import interpreted
+from .machine import interpreted
 
 __all__ = ["LONGEST_PIECE", "Pieces", "XformersBatch", "check_private_api", "mask_of", "pieces_of"]
 
