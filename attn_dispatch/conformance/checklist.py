@@ -155,7 +155,7 @@ def _case(case: Case, backend: Backend, limits: Limits) -> Sequence[str]:
         raise Refused(verdict)
     if reason := limits.reason(adapted):
         raise NotRun(reason)
-    return run_case(backend, adapted).mutations
+    return run_case(backend, adapted, lifted=adapted.spec.dtype != case.spec.dtype).mutations
 
 
 def _slip(backend: Backend) -> str:

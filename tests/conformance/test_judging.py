@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -233,3 +234,36 @@ def test_a_check_that_was_dropped_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Side, "check_fits", lambda self, num_blocks: None)
     with pytest.raises(ConformanceError, match=r"IndexError|refused"):
         check_rejection(ReferenceBackend(), "a block one past the end")
+
+
+class Sixteen(ReferenceBackend):
+    """A backend that computes in bfloat16 alone, as FlashInfer and FlashAttention 4 do beside float16."""
+
+    def verdict(self, spec: AttentionSpec) -> Verdict:
+        if spec.dtype != "bfloat16":
+            return self.refuse(Refusal("dtype", spec.dtype, "bfloat16"))
+        return super().verdict(spec)
+
+
+@pytest.mark.parametrize(
+    "name", ["scale 1 MQA 256", "window of 2,101", "scores around -150", "scores around 150, no LSE", "soft-cap of 50"]
+)
+def test_a_case_that_is_lifted_to_a_coarser_type_asks_for_no_more_than_that_shows(name: str) -> None:
+    """What is right is not refused because bfloat16 hides some mistakes in a case that was made for float32."""
+    (check,) = (check for check in CHECKS if check.name == name)
+    finding = perform(check, Sixteen("test/sixteen"), NO_LIMITS)
+    assert finding.state == "passed", finding.detail
+    lifted = adapt_case(CASE[name], Sixteen("test/sixteen").verdict)[0]
+    assert lifted.spec.dtype == "bfloat16"
+    assert len(finding.mutations) < len(list(must_notice(lifted)))
+    # In its own type the case asks for them all; and the others are still noticed in the coarser one.
+    assert len(perform(check, ReferenceBackend("test/own"), NO_LIMITS).mutations) == len(list(must_notice(CASE[name])))
+
+
+def test_a_wrong_backend_is_noticed_in_cases_that_are_lifted() -> None:
+    class WrongSixteen(Sixteen):
+        def run(self, call: Any) -> Any:
+            return super().run(replace(call, q=call.q * 2))
+
+    (check,) = (check for check in CHECKS if check.name == "window of 33")
+    assert perform(check, WrongSixteen("test/wrong"), NO_LIMITS).state == "FAILED"

@@ -88,12 +88,6 @@ class TorchBackend(Backend):
         with torch.inference_mode(False):
             return torch.zeros(shape, dtype=getattr(torch, dtype), device=where, pin_memory=pinned)
 
-    def allocate(self, spec: AttentionSpec, num_blocks: int, device: str | None = None) -> KVCache:
-        """Return a zeroed cache."""
-        cache = super().allocate(spec, num_blocks, device)
-        cache.device = str(next(iter(cache.arrays.values())).device)
-        return cache
-
     def indexable_view(self, array: torch.Tensor) -> torch.Tensor:
         """Return fp8 as its bytes: not every device indexes fp8."""
         from attn_dispatch.adapters.torch.cache_tensors import as_bytes

@@ -83,8 +83,8 @@ def key(arch: str, path: str) -> str:
     folders = [*filter(None, [path]), *sys.path]
     parts = [arch]
     for name in _DISTRIBUTIONS:
-        found = next(iter(distributions(name=name, path=folders)), None)
-        parts.append(f"{name} {found.version if found else 'absent'}")
+        installed = next(iter(distributions(name=name, path=folders)), None)
+        parts.append(f"{name} {installed.version if installed else 'absent'}")
     import attn_dispatch.adapters.batch
     import attn_dispatch_cuda.flash_attention_call
 
@@ -156,7 +156,7 @@ def _call(spec: AttentionSpec, functions: Any, capability: tuple[int, int]) -> A
     return DeviceCall(batch, q, k, k.clone(), cache, layer, None, True)
 
 
-def _compiled(torch: Any, function: Any, given: dict[str, Any]) -> list[list[int]]:
+def _compiled(torch: Any, function: Any, arguments: dict[str, Any]) -> list[list[int]]:
     """Call a function with tensors of a GPU that have no contents; return the shapes of what it gives."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,7 +165,7 @@ def _compiled(torch: Any, function: Any, given: dict[str, Any]) -> list[list[int
             name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
             if isinstance(value, torch.Tensor)
             else value
-            for name, value in given.items()
+            for name, value in arguments.items()
         }
         return [list(result.shape) for result in function(**fake)[:2]]
 

@@ -67,27 +67,27 @@ class Kernel:
 
 def toolkit() -> Toolkit | None:
     """Return the compiler of the wheels, or of CUDA_HOME, or on the path; None when there is none."""
-    found = find_spec("nvidia")
-    folders = [Path(p) for p in (found.submodule_search_locations or [])] if found else []
+    nvidia = find_spec("nvidia")
+    folders = [Path(p) for p in (nvidia.submodule_search_locations or [])] if nvidia else []
     homes = [home for folder in folders for home in sorted(folder.glob("cu*")) if (home / "bin" / "nvcc").exists()]
-    if given := os.environ.get("CUDA_HOME"):
-        homes.append(Path(given))
+    if chosen := os.environ.get("CUDA_HOME"):
+        homes.append(Path(chosen))
     if on_path := shutil.which("nvcc"):
         homes.append(Path(on_path).resolve().parent.parent)
     for home in homes:
         if not (home / "bin" / "nvcc").exists():
             continue
-        said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
-        release = re.search(r"release (\d+\.\d+)", said)
+        text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+        release = re.search(r"release (\d+\.\d+)", text)
         reader = home / "bin" / "cuobjdump"
         return Toolkit(home, release[1] if release else "", reader if reader.exists() else None)
     return None
 
 
-def key(found: Toolkit, arch: str) -> str:
+def key(compiler: Toolkit, arch: str) -> str:
     """Return the hash of everything that modules are built from."""
     parts = [f"{name} {_version(name)}" for name in (*_PARTS, *_SOURCES)]
-    parts += [found.release, arch, inspect.getsource(modules), inspect.getsource(prepare)]
+    parts += [compiler.release, arch, inspect.getsource(modules), inspect.getsource(prepare)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
@@ -98,7 +98,7 @@ def _version(distribution: str) -> str:
         return "absent"
 
 
-def prepare(found: Toolkit, work: Path, arch: str) -> None:
+def prepare(compiler: Toolkit, work: Path, arch: str) -> None:
     """Point FlashInfer at the compiler, the target and a folder; before it is imported.
 
     Wheels have neither a `lib64` nor the driver's library: the linker is given both in a folder of their own. A library
@@ -111,12 +111,12 @@ def prepare(found: Toolkit, work: Path, arch: str) -> None:
         empty = stubs / "empty.c"
         empty.write_text("")
         subprocess.run(["cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", driver, empty], check=True)
-    for folder in (found.home / "lib64", found.home / "lib"):
+    for folder in (compiler.home / "lib64", compiler.home / "lib"):
         for library in sorted(folder.glob("libcudart.so*")):
             if not (stubs / "libcudart.so").exists():
                 (stubs / "libcudart.so").symlink_to(library)
     os.environ |= {
-        "CUDA_HOME": str(found.home),
+        "CUDA_HOME": str(compiler.home),
         "FLASHINFER_CUDA_ARCH_LIST": arch,
         "FLASHINFER_WORKSPACE_BASE": str(work),
         "FLASHINFER_EXTRA_LDFLAGS": f"-L{stubs}",
@@ -174,17 +174,17 @@ def kernels_in(library: Path, reader: Path) -> list[Kernel]:
         RuntimeError: the library has none.
     """
     done = subprocess.run([reader, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
-    found = []
+    kernels = []
     name = ""
     for line in done.stdout.splitlines():
         if match := re.match(r"\s*Function (\S+):", line):
             name = match[1]
         elif "REG:" in line:
             taken = {field: int(value) for field, value in re.findall(r"(\w+):(\d+)", line)}
-            found.append(Kernel(name, taken["REG"], taken.get("STACK", 0), taken.get("SHARED", 0)))
-    if not found:
+            kernels.append(Kernel(name, taken["REG"], taken.get("STACK", 0), taken.get("SHARED", 0)))
+    if not kernels:
         raise RuntimeError(f"{library.name} has no kernel in it")
-    return found
+    return kernels
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,16 +195,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", help="folder for cuda-compile.json and .md (docs/evidence)")
     parser.add_argument("--again", action="store_true", help="build what is built already")
     options = parser.parse_args(arguments)
-    found = toolkit()
-    if found is None or shutil.which("ninja") is None:
-        missing = "no nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl)" if found is None else "no ninja"
+    compiler = toolkit()
+    if compiler is None or shutil.which("ninja") is None:
+        missing = "no nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl)" if compiler is None else "no ninja"
         print(f"compile check: {missing}", file=sys.stderr)
         return 1
     from attn_dispatch.adapters.environment import make_cache_folder
 
-    work = make_cache_folder("flashinfer", key(found, options.arch))
-    prepare(found, work, options.arch)
-    print(f"flashinfer-python {_version('flashinfer-python')}, nvcc {found.release}, for {options.arch}")
+    work = make_cache_folder("flashinfer", key(compiler, options.arch))
+    prepare(compiler, work, options.arch)
+    print(f"flashinfer-python {_version('flashinfer-python')}, nvcc {compiler.release}, for {options.arch}")
     rows: list[dict[str, Any]] = []
     failed = False
     for name, make in modules().items():
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         try:
             library, seconds = build(name, make(), options.again)
-            kernels = kernels_in(library, found.cuobjdump) if found.cuobjdump else []
+            kernels = kernels_in(library, compiler.cuobjdump) if compiler.cuobjdump else []
         except Exception as error:  # whatever the compiler says is the result
             print(f"{name:<15} FAILED\n{str(error)[-4000:]}")
             failed = True
@@ -221,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
         print(_line(row))
     if options.output and not failed:
-        _write(Path(options.output), found, options.arch, rows)
+        _write(Path(options.output), compiler, options.arch, rows)
     return 1 if failed or not rows else 0
 
 
@@ -250,15 +250,16 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['module']:<15} {size}  {low}-{high} registers  {stack}  {shared}  {took}"
 
 
-def _write(folder: Path, found: Toolkit, arch: str, rows: list[dict[str, Any]]) -> None:
+def _write(folder: Path, compiler: Toolkit, arch: str, rows: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     versions = {name: _version(name) for name in (*_PARTS, *_SOURCES)}
-    report = {"arch": arch, "nvcc": found.release, "versions": versions, "modules": rows}
+    flashinfer = f"flashinfer-python {versions['flashinfer-python']}"
+    report = {"arch": arch, "nvcc": compiler.release, "versions": versions, "modules": rows}
     (folder / "cuda-compile.json").write_text(json.dumps(report, indent=1) + "\n")
     lines = [
         f"# FlashInfer's kernels, compiled for {arch} without a GPU",
         "",
-        f"flashinfer-python {versions['flashinfer-python']}, nvcc {found.release}; bfloat16, head size 128. Written by",
+        f"{flashinfer}, nvcc {compiler.release}; bfloat16, head size 128. Written by",
         "`python -m platforms.cuda.evidence.flashinfer_compile --output docs/evidence`. Compiled, not run.",
         "",
         "| module | MiB | kernels | registers | stack, bytes | static shared, bytes |",

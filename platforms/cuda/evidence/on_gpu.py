@@ -58,12 +58,12 @@ def steps(output: Path) -> list[Step]:
     """Return the steps, those first that tell most per minute."""
     me, benchmark = str(Path(__file__).resolve()), str(ROOT / "benchmarks" / "cuda_attention.py")
     kit = [(f"kit-{name.replace('/', '-')}", ("--kit", name)) for name in BACKENDS]
-    found = [Step(name, (me, *words, "--output", str(output / f"{name}.jsonl")), 4) for name, words in kit]
+    planned = [Step(name, (me, *words, "--output", str(output / f"{name}.jsonl")), 4) for name, words in kit]
     tests = [str(ROOT / "platforms" / name / "tests" / "test_gpu.py") for name in ("cuda", "triton")]
-    found.append(Step("gpu-tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests), 3))
+    planned.append(Step("gpu-tests", ("-m", "pytest", "-q", "-p", "no:cacheprovider", *tests), 3))
     for name, words, minutes in (("benchmark-quick", ("--quick",), 4), ("benchmark", (), 60)):
-        found.append(Step(name, (benchmark, *words, "--output", str(output / f"{name}.jsonl")), minutes))
-    return found
+        planned.append(Step(name, (benchmark, *words, "--output", str(output / f"{name}.jsonl")), minutes))
+    return planned
 
 
 def prepare(folder: Path, wheels: Path | None) -> dict[str, str]:

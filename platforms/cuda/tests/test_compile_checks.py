@@ -28,15 +28,15 @@ def built(tmp_path: Path, broken: str) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from platforms.cuda.evidence import flashinfer_compile as cell\n"
+        "from platforms.cuda.evidence import flashinfer_compile as check\n"
         "work = Path(sys.argv[1])\n"
-        "found = cell.toolkit()\n"
-        "cell.prepare(found, work, '9.0a')\n"
+        "found = check.toolkit()\n"
+        "check.prepare(found, work, '9.0a')\n"
         "from flashinfer.jit.core import gen_jit_spec\n"
-        "library, seconds = cell.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)\n"
-        "for kernel in cell.kernels_in(library, found.cuobjdump):\n"
+        "library, seconds = check.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)\n"
+        "for kernel in check.kernels_in(library, found.cuobjdump):\n"
         "    print(kernel.name, kernel.registers, kernel.stack_bytes)\n"
-        "print(cell.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)[1])\n"
+        "print(check.build('small', gen_jit_spec('small', [work / 'kernel.cu']), False)[1])\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -67,11 +67,11 @@ def test_the_command_fails_without_a_compiler(tmp_path: Path) -> None:
     environ = {"PATH": str(tmp_path), "PYTHONPATH": str(Path(flashinfer_compile.__file__).parent)}
     script = (
         "import importlib.util, sys\n"
-        "spec = importlib.util.spec_from_file_location('cell', sys.argv[1])\n"
-        "cell = importlib.util.module_from_spec(spec)\n"
-        "sys.modules['cell'] = cell\n"
-        "spec.loader.exec_module(cell)\n"
-        "sys.exit(cell.main([]))\n"
+        "spec = importlib.util.spec_from_file_location('check', sys.argv[1])\n"
+        "check = importlib.util.module_from_spec(spec)\n"
+        "sys.modules['check'] = check\n"
+        "spec.loader.exec_module(check)\n"
+        "sys.exit(check.main([]))\n"
     )
     python = os.path.realpath(sys.executable)  # outside of any environment
     command = [python, "-I", "-S", "-c", script, flashinfer_compile.__file__]

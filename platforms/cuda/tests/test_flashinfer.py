@@ -139,7 +139,7 @@ LAYERS: list[dict[str, Any]] = [
 @pytest.mark.interface
 @pytest.mark.parametrize("fields", LAYERS, ids=str)
 def test_the_wrappers_take_these_plans(fields: dict[str, Any]) -> None:
-    """Held against the functions of the installed package (whose decode wrapper hands on to `_plan_impl`)."""
+    """Checked against the functions of the installed package (whose decode wrapper hands on to `_plan_impl`)."""
     layer = spec(**fields)
     start, lens, *pages = lists(MIXED)
     positional, named = plan_arguments(layer, part("decode", 4), start, lens, *pages)
@@ -297,7 +297,7 @@ def test_mixed_batches_are_the_users_choice(
 @pytest.mark.interface
 @pytest.mark.parametrize("fields", [{}, {"logits_soft_cap": 3.0, "scale": 0.3, "dtype": "float16"}], ids=str)
 def test_batch_attention_takes_this_plan_and_runs(fields: dict[str, Any]) -> None:
-    """Held against the installed class; it has no window to be given, and its soft-cap is one of `run` too."""
+    """Checked against the installed class; it has no window to be given, and its soft-cap is one of `run` too."""
     layer = spec(**fields)
     start, lens, indptr, indices, last = lists(MIXED)
     positional, named = plan_arguments(layer, part("mixed"), start, lens, indptr, indices, last)

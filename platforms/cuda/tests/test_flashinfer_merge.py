@@ -25,7 +25,7 @@ def states(count: int, rows: int = 5, size: int = 64, device: str = "cpu") -> li
     return made
 
 
-def elsewhere(
+def on_a_gpu(
     count: int = 2,
     shape: tuple[int, int, int] = (5, 8, 64),
     dtype: torch.dtype = torch.bfloat16,
@@ -68,16 +68,16 @@ def test_what_its_kernels_do_not_take_is_merged_by_the_core() -> None:
 )
 def test_what_its_kernels_take(fields: dict[str, Any], taken: bool) -> None:
     with FakeTensorMode():
-        assert mergeable(elsewhere(**fields)) is taken
+        assert mergeable(on_a_gpu(**fields)) is taken
 
 
 def test_states_that_differ_are_left_to_the_core_which_refuses_them() -> None:
     with FakeTensorMode():
-        first, (out, lse) = elsewhere()
+        first, (out, lse) = on_a_gpu()
         others = [
-            *(elsewhere(**fields)[0] for fields in ({"shape": (4, 8, 64)}, {"dtype": torch.float16})),
-            *(elsewhere(device=device)[0] for device in ("cuda:1", "cpu")),
-            (out, elsewhere(device="cuda:1")[0][1]),
+            *(on_a_gpu(**fields)[0] for fields in ({"shape": (4, 8, 64)}, {"dtype": torch.float16})),
+            *(on_a_gpu(device=device)[0] for device in ("cuda:1", "cpu")),
+            (out, on_a_gpu(device="cuda:1")[0][1]),
             (out, torch.empty(5, 8, dtype=torch.float64, device="cuda")),
             (out, torch.empty(8, 5, device="cuda")),
             (out, torch.empty(5, device="cuda")),

@@ -1,7 +1,7 @@
 """xFormers' own kernel, through the backend, in Triton's interpreter: TRITON_INTERPRET=1 python -m pytest THIS_FILE.
 
 The kit's cases with pages that the kernel takes (64 tokens) and the type that the interpreter multiplies rightly
-(float16). Whatever the backend says yes to is held to the contract. It shows numbers, not a GPU.
+(float16). Whatever the backend says yes to is checked against the contract. It shows numbers, not a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if not interpreted():
     pytest.skip("not run: set TRITON_INTERPRET=1", allow_module_level=True)
 
 
-def fitted(case: Case) -> Case:
+def lifted(case: Case) -> Case:
     """A case with the block size and the type that are run here."""
     spec = case.spec
     stored = "float16" if spec.kv_cache_dtype == spec.dtype else spec.kv_cache_dtype
@@ -30,7 +30,7 @@ def fitted(case: Case) -> Case:
 
 
 BACKEND: Any = registry().load("cuda/xformers")
-ACCEPTED = [case for case in map(fitted, CASES) if verdict_of(BACKEND, case.spec, case.scales != (1.0, 1.0))]
+ACCEPTED = [case for case in map(lifted, CASES) if verdict_of(BACKEND, case.spec, case.scales != (1.0, 1.0))]
 UNIQUE = {(c.spec, c.context, c.new, c.encoder, c.padding, c.skipped_slots): c for c in ACCEPTED}.values()
 # A program for each page takes the interpreter a tenth of a second: one case of each feature, the shorter ones
 # (ALL_INTERPRETED=1: the longer ones too, in three minutes).
