@@ -22,6 +22,8 @@ from attn_dispatch import observe as _observe
 from attn_dispatch.attention import Attention, attention
 from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
 from attn_dispatch.block_size import common_size as common_block_size
+from attn_dispatch.cache import CacheManager
+from attn_dispatch.caches import Caches
 from attn_dispatch.contract import (
     CONTRACT_VERSION,
     HND,
@@ -70,6 +72,8 @@ __all__ = [
     "Availability",
     "Backend",
     "CacheLayout",
+    "CacheManager",
+    "Caches",
     "Call",
     "Capabilities",
     "Explanation",

@@ -4,9 +4,11 @@
     python benchmarks/radix.py --backend cpu/numba --layers 30  # beside steps that really attend
     python benchmarks/radix.py --backend cpu/numba --layers 30 --linear 576/1536/49152  # ... and multiply by weights
 
-Three workloads, seeded: few-shot prompts (one preamble, many questions), conversations (each turn brings all that was
-said before), trees of thought (branches that go on from a common line of thought). A scheduler with a token budget runs
-them, as an engine would.
+Workloads, seeded: few-shot prompts (one preamble, many questions), conversations (each turn brings all that was
+said before), trees of thought (branches that go on from a common line of thought), prefixes that arrive in turn. A
+scheduler with a token budget runs them, as an engine would; `--max-passed 0` admits in order of arrival:
+
+    python benchmarks/radix.py --trace interleaved --blocks 160 --most 3 [--max-passed 0]
 """
 
 from __future__ import annotations
@@ -14,13 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from attn_dispatch.cache import CacheManager, OutOfBlocks, ScheduledStep, Sequence
+from attn_dispatch.cache import CacheManager, OutOfBlocks, ScheduledStep, Sequence, WaitingQueue
 
 
 @dataclass
@@ -94,10 +95,21 @@ def tree_of_thought(seed: int, problems: int = 6, width: int = 3, depth: int = 3
     return trace
 
 
+def interleaved(seed: int, prefixes: int = 8, rounds: int = 12) -> Trace:
+    """Prompts of 512 common tokens and a few of their own, the prefixes in turn: the worst order for a small cache."""
+    rng = np.random.default_rng([seed, 5])
+    common = [words(rng, 512, 512) for _ in range(prefixes)]
+    trace = Trace("interleaved")
+    for _ in range(rounds):
+        for prefix in common:
+            trace.add(prefix + words(rng, 8, 24), words(rng, 4, 12))
+    return trace
+
+
 def traces(seed: int) -> list[Trace]:
-    """Return the three workloads, and all of them mixed together."""
-    found = [few_shot(seed), multi_turn(seed), tree_of_thought(seed)]
-    return [*found, mixed(seed, found)]
+    """Return the workloads, and the first three of them mixed together."""
+    parts = [few_shot(seed), multi_turn(seed), tree_of_thought(seed)]
+    return [*parts, mixed(seed, parts), interleaved(seed)]
 
 
 def mixed(seed: int, parts: list[Trace]) -> Trace:
@@ -141,25 +153,49 @@ class Clock:
 
 
 class Engine:
-    """A scheduler: decodes go first, prefills share what is left of a step's budget, first come, first served."""
+    """A scheduler: decodes go first, prefills share what is left of a step's budget; the most cached is admitted first.
+
+    Args:
+        manager: of the cache.
+        budget: tokens of a step.
+        most: requests that run at once.
+        attend: called with each step and its batch.
+        multiply: called with each step.
+        max_passed: see `WaitingQueue`.
+    """
 
     def __init__(
-        self, manager: CacheManager, budget: int = 512, most: int = 16, attend: Any = None, multiply: Any = None
+        self,
+        manager: CacheManager,
+        budget: int = 512,
+        most: int = 16,
+        attend: Any = None,
+        multiply: Any = None,
+        max_passed: int = 16,
     ) -> None:
         self.manager, self.budget, self.most, self.attend, self.multiply = manager, budget, most, attend, multiply
+        self.max_passed = max_passed
         self.clock = Clock()
         self.preempted = 0
 
     def play(self, trace: Trace) -> None:
         """Run every request to its end."""
-        waiting = list(range(len(trace.requests)))
+        coming = list(range(len(trace.requests)))
+        numbers: dict[Sequence, int] = {}
+        waiting = WaitingQueue(self.manager, max_passed=self.max_passed)
         running: dict[int, Sequence] = {}
         done: set[int] = set()
-        while waiting or running:
+        while coming or waiting or running:
             begin = time.perf_counter()
-            for number in self._admitted(trace, waiting, running, done):
-                waiting.remove(number)
-                running[number] = self.manager.begin(trace.requests[number].prompt)
+            for number in [n for n in coming[:64] if (after := trace.requests[n].after) is None or after in done]:
+                coming.remove(number)
+                seq = self.manager.begin(trace.requests[number].prompt)
+                numbers[seq] = number
+                waiting.append(seq)
+            while waiting and len(running) < self.most:
+                seq = waiting.first()
+                waiting.remove(seq)
+                running[numbers[seq]] = seq
             step = self._step(running)
             ready = time.perf_counter()
             self.clock.manager += ready - begin
@@ -187,18 +223,6 @@ class Engine:
                         self.manager.append(seq, request.answer[answered : answered + 1])
             self.clock.manager += time.perf_counter() - begin
             self.clock.steps += 1
-
-    def _admitted(
-        self, trace: Trace, waiting: list[int], running: dict[int, Sequence], done: set[int]
-    ) -> Iterator[int]:
-        room = self.most - len(running)
-        for number in waiting[:64]:
-            if room <= 0:
-                return
-            after = trace.requests[number].after
-            if after is None or after in done:
-                room -= 1
-                yield number
 
     def _step(self, running: dict[int, Sequence]) -> ScheduledStep:
         ready = sorted(running.values(), key=lambda one: (one.remaining > 1, one.id))
@@ -275,6 +299,8 @@ def main() -> None:
     parser.add_argument("--heads", default="9/3/64", help="query heads / key-value heads / head size")
     parser.add_argument("--linear", default="", help="hidden / inner / vocabulary: multiply by such weights as well")
     parser.add_argument("--trace", help="only this one")
+    parser.add_argument("--most", type=int, default=16, help="requests that run at once")
+    parser.add_argument("--max-passed", type=int, default=16, help="how often a request is overtaken (0: never)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
@@ -288,7 +314,7 @@ def main() -> None:
             continue
         manager = CacheManager(arguments.blocks, arguments.block_size)
         attend = attending(arguments.backend, arguments.layers, (h, k, d), manager) if arguments.backend else None
-        engine = Engine(manager, attend=attend, multiply=multiply)
+        engine = Engine(manager, attend=attend, multiply=multiply, most=arguments.most, max_passed=arguments.max_passed)
         engine.play(trace)
         usage, clock, oracle = manager.usage(), engine.clock, oracle_hit_rate(trace)
         row = {

@@ -29,7 +29,7 @@ FLOORS = [
     {"request"},
     {"dispatch"},
     {"attention"},
-    {"variants"},
+    {"variants", "caches"},
     {"conformance", "integrations", "adapters"},
     {"cli", "__init__"},
     {"__main__"},

@@ -83,6 +83,28 @@ class CacheManager(BlockAllocator):
                 self._hit_tokens += seq.computed
         return step
 
+    def try_admit(self, seq: Sequence, max_tokens: int, *, reserved: int = 0) -> bool:
+        """Give a waiting sequence what is cached of it, if there is room for all that it may become.
+
+        Args:
+            seq: it takes no other blocks before its first step.
+            max_tokens: tokens that it may have in the cache in the end.
+            reserved: blocks that running sequences were promised and do not have yet.
+
+        Returns:
+            Whether there is; if not, it has no more blocks than before.
+
+        Raises:
+            CacheError: it is swapped out, or a step of it is not committed.
+        """
+        self._check(seq, ready=True)
+        before = (seq.computed, seq.published, seq.node)
+        self._match(seq)
+        if self._blocks_for(max_tokens) - seq.num_blocks + reserved <= self.pool.num_available:
+            return True
+        self._restore([seq], [before])
+        return False
+
     def _restore(self, sequences: list[Sequence], before: list[tuple[int, int, Node | None]]) -> None:
         """Take back the cached blocks that a step which cannot be scheduled had given to its sequences."""
         for seq, (computed, published, node) in zip(sequences, before, strict=True):
@@ -137,6 +159,7 @@ class CacheManager(BlockAllocator):
             seq_lens=np.array([seq.computed + seq.pending for seq in sequences], np.int32),
             block_table=table,
             block_size=self.block_size,
+            completes=np.array([seq.pending == seq.remaining for seq in sequences], np.bool_),
             copy_from=copy_from,
             copy_to=copy_to,
         )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from attn_dispatch.cache.sequence import I64, Sequence
 from attn_dispatch.contract import AttentionMetadata
@@ -26,7 +30,7 @@ class OutOfBlocks:
     free: int
     where: str = "device"
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
     def __str__(self) -> str:
@@ -47,6 +51,7 @@ class ScheduledStep:
         tokens: i64[T], the ids of the tokens that it computes: what the model's embedding takes.
         block_table: i32[S, M], 0 beyond each sequence's blocks.
         block_size: B.
+        completes: bool[S], whether all that is known of each sequence is computed by this step.
         copy_from, copy_to: blocks to copy in every layer's cache before the step runs
             (`cache.copy_blocks(step.copy_from, step.copy_to)`): a sequence writes into blocks of its own only.
     """
@@ -57,6 +62,7 @@ class ScheduledStep:
     tokens: I64
     block_table: I32
     block_size: int
+    completes: npt.NDArray[np.bool_]
     copy_from: list[int] = field(default_factory=list)
     copy_to: list[int] = field(default_factory=list)
 
@@ -69,6 +75,20 @@ class ScheduledStep:
     def num_tokens(self) -> int:
         """Rows of q, T."""
         return int(self.query_lens.sum())
+
+    @cached_property
+    def positions(self) -> I64:
+        """Each token's place in its sequence, i64[T]."""
+        ends = np.cumsum(self.query_lens)
+        return np.arange(self.num_tokens) + np.repeat(self.seq_lens - ends, self.query_lens)
+
+    @property
+    def last_rows(self) -> I64:
+        """Rows of q after which a token is sampled, i64: the last one of each sequence that the step completes."""
+        return (np.cumsum(self.query_lens, dtype=np.int64) - 1)[self.completes]
+
+    def __bool__(self) -> Literal[True]:
+        return True
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,7 @@ class Swap:
 
     pairs: tuple[tuple[int, int], ...]
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[True]:
         return True
 
 

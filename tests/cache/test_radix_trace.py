@@ -49,6 +49,17 @@ def test_with_little_memory_it_evicts_and_goes_on(radix: ModuleType) -> None:
     assert usage.used_blocks == 0
 
 
+def test_prefixes_that_arrive_in_turn_are_found_in_a_cache_for_four_of_them(radix: ModuleType) -> None:
+    rates = {}
+    for max_passed in (0, 16, 96):
+        manager = CacheManager(4 * 36, 16)
+        radix.Engine(manager, most=3, max_passed=max_passed).play(radix.interleaved(0))
+        rates[max_passed] = manager.usage().hit_rate
+    assert rates[0] < 0.05
+    assert rates[16] > 0.6
+    assert rates[96] > 0.8
+
+
 def test_the_same_seed_gives_the_same_trace(radix: ModuleType) -> None:
     assert radix.traces(3)[3].requests == radix.traces(3)[3].requests
     assert radix.few_shot(3).requests != radix.few_shot(4).requests

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,11 +152,9 @@ def _check_memory(network: Any, block_size: int, num_blocks: int | None, kv_cach
     needed = (num_blocks or 1) * block_size * config.num_hidden_layers * 2 * heads * size * element
     if network.device.type == "cuda":
         memory = torch.cuda.mem_get_info(network.device)[1]
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        return
-    if needed > memory:
+        memory = ad.platform.facts.get("memory_bytes")
+    if memory is not None and needed > memory:
         blocks = f"{num_blocks} blocks" if num_blocks else "one block"
         raise CacheError(
             f"{blocks} of {block_size} tokens need {needed / 2**30:.1f} GiB, {network.device} has "

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from attn_dispatch import cache
@@ -164,8 +163,7 @@ class Engine:
                 )
 
     def _blocks(self, completion: Completion, max_new_tokens: int) -> int:
-        # The last new token is never written: nothing comes after it.
-        return -(-(len(completion.prompt) + max_new_tokens - 1) // self.cache.manager.block_size)
+        return -(-_most_tokens(completion, max_new_tokens) // self.cache.manager.block_size)
 
     def _admit(
         self,
@@ -180,19 +178,16 @@ class Engine:
             How many are unfinished now: when there are fewer, there is room again.
         """
         manager = self.cache.manager
-
-        def missing(completion: Completion) -> int:
-            """Return how many more blocks it may want; what was found in the cache it has already."""
-            return self._blocks(completion, max_new_tokens) - completion.sequence.num_blocks
-
-        promised = sum(map(missing, running))
+        promised = sum(self._blocks(other, max_new_tokens) - other.sequence.num_blocks for other in running)
         while waiting and len(running) < self.max_sequences:
             completion = unfinished[waiting.first()]
-            manager.acquire_cached_prefix(completion.sequence)
-            promised += missing(completion)
-            if not self.cache.grows and promised > manager.pool.num_available:
-                manager.preempt(completion.sequence)
+            if self.cache.grows:
+                manager.acquire_cached_prefix(completion.sequence)
+            elif not manager.try_admit(
+                completion.sequence, _most_tokens(completion, max_new_tokens), reserved=promised
+            ):
                 break
+            promised += self._blocks(completion, max_new_tokens) - completion.sequence.num_blocks
             waiting.remove(completion.sequence)
             running.append(completion)
         return len(unfinished)
@@ -227,21 +222,13 @@ class Engine:
 
     def _forward(self, step: cache.ScheduledStep) -> Any:
         device = self.model.device
-        ends = np.cumsum(step.query_lens)
-        # A token's place in its sequence, from its place in the row.
-        positions = np.arange(step.num_tokens) + np.repeat(step.seq_lens - ends, step.query_lens)
-        last = [
-            end - 1
-            for seq, length, end in zip(step.sequences, step.seq_lens.tolist(), ends.tolist(), strict=True)
-            if length == seq.length
-        ]
         with torch.inference_mode():
             output = self.model(
                 input_ids=torch.from_numpy(step.tokens)[None].to(device),
-                position_ids=torch.from_numpy(positions)[None].to(device),
+                position_ids=torch.from_numpy(step.positions)[None].to(device),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(last, device=device, dtype=torch.long),
+                logits_to_keep=torch.from_numpy(step.last_rows).to(device),
             )
         return output.logits[0]
 
@@ -254,3 +241,8 @@ class Engine:
                 self._forward(self.cache.next_step([(sequence, len(piece))]))  # not committed: nobody finds it
             finally:
                 manager.free(sequence)
+
+
+def _most_tokens(completion: Completion, max_new_tokens: int) -> int:
+    # The last new token is never written: nothing comes after it.
+    return len(completion.prompt) + max_new_tokens - 1
