@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from attn_dispatch.reference import attend
 
 class TestReference(BackendConformance):
     backend = "reference"
+    evidence = Path(__file__).parents[1] / "docs" / "evidence" / "reference.json"
 
 
 @pytest.mark.parametrize("function", [attend, attend_rounded])

@@ -37,7 +37,7 @@ class Case:
         shared: tokens that all sequences begin with, in blocks that all tables name. A layer that writes shares whole
             blocks alone; of one that does not, the first sequence ends inside a block that the second goes on in.
         unused: what lies in unused slots: "nan" where the backend survives it, or "ordinary" numbers.
-        arrays: "whole", or "strided" (views of a fused projection; heads before tokens).
+        arrays: "whole", or "strided" (views of a fused projection).
         out: the output is given: "none", or "given" (its old contents are NaN).
         first_block: the lowest block id.
     """

@@ -26,7 +26,7 @@ from attn_dispatch.conformance.rejections import (
 )
 from attn_dispatch.conformance.reuse import REUSE_CHECKS
 from attn_dispatch.conformance.storage import STORAGE_CHECKS
-from attn_dispatch.conformance.surroundings import SURROUNDINGS
+from attn_dispatch.conformance.surroundings import SURROUNDINGS, check_far_blocks
 from attn_dispatch.contract import AttentionMetadata, AttentionSpec
 from attn_dispatch.contract.dtypes import CACHE_DTYPES
 from attn_dispatch.dispatch import verdict_of
@@ -243,6 +243,7 @@ def _checks() -> Iterator[Check]:
         yield Check(f"rejected: {name}", "rejections", _simple(partial(check_rejection, name=name)))
     for name, run in SURROUNDINGS.items():
         yield Check(name, "surroundings", _simple(run))
+    yield Check("blocks beyond 2 GiB", "blocks beyond 2 GiB", _simple(check_far_blocks))
     yield Check("random problems", "random problems", _random)
     yield Check("loading imports no vendor", "loading", _simple(check_loading))
     yield Check("the backend that was named runs", "loading", _simple(check_selection))

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from attn_dispatch.conformance.adaptation import plain_spec
 from attn_dispatch.conformance.compute import any_array, contents, to_backend, to_host
 from attn_dispatch.conformance.findings import ConformanceError, NotRun
 from attn_dispatch.contract import Array, AttentionMetadata, KVCache
-from attn_dispatch.contract.arrays import library_of
+from attn_dispatch.contract.arrays import device_of, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.dispatch import verdict_of
 from attn_dispatch.errors import AttentionDispatchError
@@ -242,16 +243,16 @@ class Scene:
         return attention(spec, self.backend)
 
     def torch(self) -> Any:
-        """Return torch, if it is loaded and results can be computed from its tensors here.
+        """Return torch, if it is installed and results can be computed from its tensors here.
 
         Raises:
             NotRun: it is not.
         """
-        if "torch" not in sys.modules or "cpu" not in str(
-            getattr(any_array(self.backend, self.cache), "device", "cpu")
-        ):
-            raise NotRun("torch is not loaded, or not what this backend computes on")
-        return sys.modules["torch"]
+        if find_spec("torch") is None:
+            raise NotRun("torch is not installed")
+        if device_of(any_array(self.backend, self.cache)) != "cpu":
+            raise NotRun("the backend computes on a device")
+        return import_module("torch")
 
     def tensor(self, name: str) -> Any:
         """Return q, k or v as a tensor on the CPU."""

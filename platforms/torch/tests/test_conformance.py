@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from attn_dispatch.conformance import BackendConformance
@@ -11,6 +12,7 @@ from attn_dispatch_torch.sdpa import SdpaBackend
 
 class TestSdpa(BackendConformance):
     backend = "torch/sdpa"
+    evidence = Path(__file__).parents[3] / "docs" / "evidence" / "torch-sdpa.json"
 
 
 class Portable(SdpaBackend):
