@@ -30,6 +30,10 @@ def packages() -> Mapping[str, Package]:
         ),
         "flash-attn-4": Package("flash-attn-4==4.0.0b36", folder),
         "fa3-fwd": Package("fa3-fwd==0.0.3", folder),
+        # Of vLLM its FlashAttention 3 alone, one file out of several hundred MB: the build that has paged caches.
+        "vllm": Package(
+            "vllm==0.33.0", folder, keeps=lambda name: name.endswith(("_vllm_fa3_C.abi3.so", ".dist-info/METADATA"))
+        ),
     }
 
 

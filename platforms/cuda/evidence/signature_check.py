@@ -38,7 +38,7 @@ from attn_dispatch_cuda.machine import Machine
 from attn_dispatch_cuda.xformers import XformersBackend
 
 from .packages import needed
-from .stubs import FlashStub, flashinfer_stub, xformers_stub
+from .stubs import flashinfer_stub, stub_of, xformers_stub
 
 __all__ = ["fake_machine", "flash_check", "lifted", "main", "on_host", "rows", "stubbed_flash"]
 
@@ -104,10 +104,10 @@ def passed(backend: Backend, case: Case, stub: SignatureStub) -> str:
 def flash_site(made: Path) -> Path:
     """Return a folder with FlashAttention 2, 3 and 4, installed there as pip and their own setups do.
 
-    3 is the interface in flash-attn's sources, of a build that has everything.
+    3 is the interface in flash-attn's sources, of a build that has everything, and the one in vLLM's wheel.
     """
     sources, fourth = needed("flash-attn"), needed("flash-attn-4")
-    site = install_together(made / "site", sources, fourth)
+    site = install_together(made / "site", sources, fourth, needed("vllm"))
     third = sources / "hopper"
     (site / "flash_attn_interface.py").symlink_to(third / "flash_attn_interface.py")
     number = re.search(r'__version__ = "(.+)"', (third / "__init__.py").read_text())
@@ -136,9 +136,9 @@ def flash_check(one: Installed, case: Case, folders: list[Path], stub: Any = Non
         one: the version.
         case: that the version accepts.
         folders: where packages are installed.
-        stub: in the place of its module (None: a `FlashStub`).
+        stub: in the place of its module (None: `stub_of` the version).
     """
-    stub = stub or FlashStub(one)
+    stub = stub or stub_of(one)
     backend = on_host(FlashAttentionBackend, *folders)
     vars(backend)["_installed"] = [one]
     with stubbed_flash(one, stub):
@@ -162,10 +162,10 @@ def flash_row(site: Path, cases: list[Case]) -> Row:
     row = without_hardware(backend, check, reason="", version=names, machine=_MACHINE, cases=cases)
     counts = ", ".join(f"{one} ({checked[str(one)]} cases)" for one in versions)
     reason = (
-        f"Calls checked against the signatures in the real sources of {counts}, each case against every version that "
-        "accepts it, and computed in float64 as those document their arguments; verdicts are those of sm_90 with all "
-        "of them installed, 3 in a build that has everything. Cases take bfloat16 where the kit has float32, and pages "
-        "of 256 unless they are about pages"
+        f"Calls checked against the signatures in the real sources of {counts} (vLLM's: its library's schema), each "
+        "case against every version that accepts it, and computed in float64 as those document their arguments; "
+        "verdicts are those of sm_90 with all of them installed, 3 in a build that has everything. Cases take bfloat16 "
+        "where the kit has float32, and pages of 256 unless they are about pages"
     )
     return replace(row, reason=reason)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import pairwise
+from itertools import count, pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch
 from attn_dispatch.conformance.interface import SignatureStub, as_float64, attend_pages, attend_rows, signature
 from attn_dispatch_cuda.flash_versions import Installed
 
-__all__ = ["FlashStub", "flashinfer_stub", "xformers_stub"]
+__all__ = ["FlashStub", "VllmStub", "flashinfer_stub", "operator_schema", "stub_of", "xformers_stub"]
 
 Arrays = tuple[torch.Tensor, torch.Tensor]
 
@@ -57,6 +59,54 @@ class FlashStub(SignatureStub):
             return (out, lse if wants_lse else None) if wants_lse or self._kind == "fa4" else out
 
         return function
+
+
+def operator_schema(library: Path) -> str:
+    """Return the schema of vLLM's operator `fwd`, as its compiled library has it.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    schemas = {
+        text.decode()
+        for text in re.findall(rb"fwd\(Tensor!?\s+q,[ -~]{200,}?\) -> [A-Za-z\[\]]+", library.read_bytes())
+    }
+    if len(schemas) != 1:
+        raise ValueError(f"{library.name} has {len(schemas)} schemas of fwd")
+    return " ".join(schemas.pop().split())
+
+
+class VllmStub(SignatureStub):
+    """vLLM's operators: an operator of torch's own with the library's schema, which the dispatcher holds calls to.
+
+    Attributes:
+        fwd: the operator.
+    """
+
+    def __init__(self, schema: str) -> None:
+        super().__init__()
+        name = f"vllm_fa3_stub_{next(_libraries)}"
+        self._library = torch.library.Library(name, "DEF")
+        self._library.define(schema)
+        self._library.impl("fwd", self._run, "CPU")
+        self.fwd = getattr(torch.ops, name).fwd
+        names = [argument.name for argument in self.fwd.default._schema.arguments]
+        self._signature = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_ONLY) for n in names])
+
+    def _run(self, *args: Any) -> list[torch.Tensor]:
+        bound = {name: value for name, value in self.bind("fwd", self._signature, *args).items() if value is not None}
+        out, lse = (paged_flash if has_pages(bound) else ragged_flash)(bound)
+        if "out" in bound:
+            out = bound["out"].copy_(out)
+        return [out, lse]
+
+
+_libraries = count()
+
+
+def stub_of(version: Installed) -> Any:
+    """Return a stub in the place of a FlashAttention's module."""
+    return VllmStub(operator_schema(version.where)) if version.kind == "vllm-fa3" else FlashStub(version)
 
 
 def has_pages(bound: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from attn_dispatch.errors import BackendLoadError
 from attn_dispatch_cuda.flash_attention import FlashAttentionBackend
 from attn_dispatch_cuda.flash_attention_call import FUNCTIONS, FlashBatch, Functions
 from attn_dispatch_cuda.flash_versions import Installed, installed
+from platforms.cuda.evidence.stubs import operator_schema
 
 from .conftest import MakeMachine, real
 
@@ -311,7 +312,7 @@ def test_flash_attention_3_registers_this_operator() -> None:
 
 
 VLLM_0_33 = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor? out, Tensor? cu_seqlens_q, "
+    "(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor!? out, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, "
     "int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? rotary_cos, "
     "Tensor? rotary_sin, Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, "
@@ -338,20 +339,8 @@ _libraries, _kept = count(), []  # type: ignore[var-annotated]
 
 @pytest.mark.interface
 def test_the_operator_in_vllms_wheel() -> None:
-    """Compared with the schema in the library, where the wheel is installed."""
-    from importlib.util import find_spec
-
-    found = find_spec("vllm")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("not run: vllm is not installed (its wheel has several hundred MB)")
-    library = Path(found.submodule_search_locations[0]) / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so"
-    assert vllm_arguments(library.read_bytes()) == names_in(VLLM_0_33)
-
-
-def vllm_arguments(content: bytes) -> list[str]:
-    """Return the names of the arguments of `fwd` in a compiled library."""
-    (schema,) = {text.decode() for text in re.findall(rb"fwd\(Tensor!?  ?q,[ -~]{200,}", content)}
-    return names_in(schema[3:])
+    """The schema in the library, which is one file of the wheel."""
+    assert operator_schema(real("vllm") / "vllm" / "vllm_flash_attn" / "_vllm_fa3_C.abi3.so") == f"fwd{VLLM_0_33}"
 
 
 def names_in(schema: str) -> list[str]:

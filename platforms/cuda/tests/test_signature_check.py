@@ -20,7 +20,7 @@ pytest.importorskip("xformers.ops.fmha", reason="not run: xformers is not instal
 
 from attn_dispatch.adapters import batch as batches
 from attn_dispatch_cuda import flash_attention_call, flashinfer_call
-from attn_dispatch_cuda.flash_attention_call import Flash2, Flash3, Flash4
+from attn_dispatch_cuda.flash_attention_call import Flash2, Flash3, Flash4, VllmFlash3
 from attn_dispatch_cuda.flash_versions import Installed, installed
 from attn_dispatch_cuda.flashinfer import FlashInferBackend
 from attn_dispatch_cuda.xformers import XformersBackend, interpreted
@@ -38,7 +38,7 @@ pytestmark = [
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cases of some features alone: the command itself, which CI runs beside, goes through them all."""
-    for package in ("flash-attn", "flash-attn-4"):
+    for package in ("flash-attn", "flash-attn-4", "vllm"):
         real(package)
     features = ("mixed", "ALiBi", "float32", "encoder + LSE", "sinks", "empty batch", "float8_e4m3fn cache")
     monkeypatch.setattr(signature_check, "CASES", [case for case in CASES if case.feature in features])
@@ -56,7 +56,8 @@ def test_rows_are_what_was_compared_and_nothing_more(few: None, tmp_path: Path) 
         states = {entry.feature: entry.state for entry in row.entries}
         assert (states["mixed"], states["sinks"], states["float32"]) == ("computed", "computed", "no")
         assert "empty batch" not in states
-    for title in ("FlashAttention 2 2.8.3.post2 (", "3 (flash_attn_interface) 3.0.0.b1 (", "4 4.0.0b36 ("):
+    titles = ("FlashAttention 2 2.8.3.post2 (", "3 (flash_attn_interface) 3.0.0.b1 (", "4 4.0.0b36 (")
+    for title in (*titles, "3 of the vLLM wheel 0.33.0 ("):
         assert title in rows["cuda/flash-attention"].reason
         assert f"{title}0 cases" not in rows["cuda/flash-attention"].reason
     assert re.search(r"and [1-9]\d* cases also by BatchAttention", rows["cuda/flashinfer"].reason)
@@ -69,6 +70,7 @@ def test_rows_are_what_was_compared_and_nothing_more(few: None, tmp_path: Path) 
         (Flash2, "arguments", "cuda/flash-attention"),
         (Flash3, "arguments", "cuda/flash-attention"),
         (Flash4, "arguments", "cuda/flash-attention"),
+        (VllmFlash3, "arguments", "cuda/flash-attention"),
         (flashinfer_call, "plan_arguments", "cuda/flashinfer"),
         (XformersBatch, "arguments", "cuda/xformers"),
     ],
@@ -78,7 +80,7 @@ def test_an_argument_that_the_vendor_does_not_know_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Any, method: str,
     failing: str,
 ) -> None:  # fmt: skip
-    for package in ("flash-attn", "flash-attn-4"):
+    for package in ("flash-attn", "flash-attn-4", "vllm"):
         real(package)
     monkeypatch.setattr(signature_check, "CASES", [case for case in CASES if case.name == "mixed bfloat16"])
     right = getattr(where, method)
@@ -93,7 +95,8 @@ def test_an_argument_that_the_vendor_does_not_know_fails(
     monkeypatch.setattr(where, method, wrong)
     assert signature_check.main(["--output", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "unexpected keyword argument 'invented'" in said
+    # By the interpreter's own words, or by those of torch's dispatcher.
+    assert "unexpected keyword argument 'invented'" in said or "fwd() expected at most 37 argument(s)" in said
     failed = {row.split()[0] for row in re.split(r"^(?=cuda/)", said, flags=re.MULTILINE) if "FAILED:" in row}
     assert failed == {failing}
     assert not list(tmp_path.iterdir())
@@ -107,12 +110,12 @@ NOTICED = (ConformanceError, ValueError, IndexError, RuntimeError)
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("flash-attn", "flash-attn-4"):
+    for package in ("flash-attn", "flash-attn-4", "vllm"):
         real(package)
     return flash_site(tmp_path_factory.mktemp("flash"))
 
 
-@pytest.fixture(params=["fa2", "fa3", "fa4"])
+@pytest.fixture(params=["fa2", "fa3", "vllm-fa3", "fa4"])
 def version(site: Path, request: pytest.FixtureRequest) -> Installed:
     return next(one for one in installed(fake_machine(site)) if one.kind == request.param)
 
@@ -126,10 +129,12 @@ def changed(arguments: dict[str, Any], change: str) -> dict[str, Any]:
     given = dict(arguments)
     lens = next((name for name in ("cache_seqlens", "seqused_k") if given.get(name) is not None), None)
     table = next(name for name in ("block_table", "page_table") if given.get(name) is not None)
-    if change == "window off by one":
+    if change == "window off by one" and "window_size" in given:
         given["window_size"] = (given["window_size"][0] + 1, given["window_size"][1])
+    elif change == "window off by one":
+        given["window_size_left"] += 1
     elif change == "causal off":
-        given["causal"] = False
+        given["causal" if "causal" in given else "is_causal"] = False
     elif change == "lengths off by one":
         if lens is not None:
             given[lens] = given[lens] - 1
@@ -139,7 +144,7 @@ def changed(arguments: dict[str, Any], change: str) -> dict[str, Any]:
             given["cu_seqlens_k"] = starts
     elif change == "wrong page ids":
         given[table] = (given[table] + 1) % 5
-    elif change == "q and kv starts swapped" and "cu_seqlens_k" in given:
+    elif change == "q and kv starts swapped" and given.get("cu_seqlens_k") is not None:
         given["cu_seqlens_q"], given["cu_seqlens_k"] = given["cu_seqlens_k"], given["cu_seqlens_q"]
     elif change == "q and kv starts swapped":
         given["cu_seqlens_q"] = given[lens].cumsum(0).int().roll(1)  # type: ignore[index]
