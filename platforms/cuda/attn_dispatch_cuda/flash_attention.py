@@ -35,6 +35,10 @@ _INSTALL = (
 )
 
 
+_PLAIN = AttentionSpec(num_heads=8, num_kv_heads=8, head_size=128, block_size=256)
+"""A layer that every version computes on the GPUs that it has kernels for."""
+
+
 class FlashAttentionBackend(CudaBackend):
     """One ragged call of FlashAttention over NHD pages, for decodes, prefills and encoders alike."""
 
@@ -46,12 +50,24 @@ class FlashAttentionBackend(CudaBackend):
             return Availability(False, missing.reason, missing.remedy, versions)
         if not self._installed:
             return Availability(False, "no FlashAttention is installed", _INSTALL)
-        plain = AttentionSpec(num_heads=8, num_kv_heads=8, head_size=128, block_size=256)
         for capability in self.machine.capabilities:
-            version, refusals = choose(self._installed, capability, plain, fp8_queries=False)
+            version, refusals = choose(self._installed, capability, _PLAIN, fp8_queries=False)
             if version is None:
                 return Availability(False, f"{versions}: {refusals[0]}", _INSTALL, versions)
         return Availability(True, f"{versions} on {self.machine.gpus[0]}; {UNVERIFIED}", version=versions)
+
+    def import_vendor(self) -> None:
+        """Import the version that computes plain layers on each of this machine's GPUs; see `Backend.import_vendor`.
+
+        Raises:
+            BackendLoadError: it is installed, but does not import (built for another torch, say).
+        """
+        from .flash_attention_call import functions_of
+
+        for capability in self.machine.capabilities:
+            version, _ = choose(self._installed, capability, _PLAIN, fp8_queries=False)
+            if version is not None:
+                functions_of(version).load()
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Say what the installed versions compute on this machine's GPUs, each of them."""

@@ -78,6 +78,10 @@ class Functions(ABC):
             text = f"{type(error).__name__}: {error}"
             raise BackendLoadError(f"{self.version} is installed but does not import ({text})") from error
 
+    def load(self) -> None:
+        """Import the vendor's module now rather than when it is first called."""
+        _ = self.module
+
     def takes_sinks(self, call: DeviceCall) -> bool:
         """Whether the version's kernel takes this layer's sinks."""
         return False

@@ -156,6 +156,19 @@ def test_available(machine: MakeMachine) -> None:
     assert "never run" in found.reason
 
 
+def test_a_version_that_does_not_import_leaves_the_choice_to_the_next(machine: MakeMachine, tmp_path: Path) -> None:
+    """Built for another torch, or with a library missing: known when the backend is chosen, not when it first runs."""
+    broken = tmp_path / "broken" / "flash_attn_interface.py"
+    broken.parent.mkdir()
+    source = real(FA2) / "hopper" / "flash_attn_interface.py"
+    broken.write_text(f"raise ImportError('undefined symbol')\n{source.read_text()}")
+    backend = FlashAttentionBackend("x/y", machine(H200, more=(broken.parent,)))
+    assert backend.probe()
+    with pytest.raises(BackendLoadError, match="does not import"):
+        backend.import_vendor()
+    FlashAttentionBackend("x/y", machine(H200)).import_vendor()  # nothing is installed, and the verdict says so
+
+
 def test_the_capability_can_be_said(machine: MakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = machine("NVIDIA Something New", packages=(FA2,))
     assert not FlashAttentionBackend("x/y", unknown).verdict(spec())
