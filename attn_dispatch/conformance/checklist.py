@@ -8,6 +8,7 @@ from functools import partial
 
 from attn_dispatch.backend import Backend, Capabilities, Plan
 from attn_dispatch.conformance.adaptation import adapt_case, plain_spec
+from attn_dispatch.conformance.bad_batches import BAD_BATCHES, check_bad_batch, check_integers, check_locked_arrays
 from attn_dispatch.conformance.case import Case
 from attn_dispatch.conformance.cases import CASES
 from attn_dispatch.conformance.checks import run_case
@@ -16,14 +17,7 @@ from attn_dispatch.conformance.literals import check_literals, check_stored
 from attn_dispatch.conformance.loading import check_loading, check_selection
 from attn_dispatch.conformance.merging import check_merging
 from attn_dispatch.conformance.random_cases import check_random_cases
-from attn_dispatch.conformance.rejections import (
-    BAD_BATCHES,
-    REJECTIONS,
-    check_bad_batch,
-    check_integers,
-    check_locked_arrays,
-    check_rejection,
-)
+from attn_dispatch.conformance.rejections import REJECTIONS, check_rejection
 from attn_dispatch.conformance.reuse import REUSE_CHECKS
 from attn_dispatch.conformance.storage import STORAGE_CHECKS
 from attn_dispatch.conformance.surroundings import SURROUNDINGS, check_far_blocks
@@ -119,19 +113,19 @@ def limits_of(backend: Backend) -> Limits:
 
 def perform(check: Check, backend: Backend, limits: Limits = NO_LIMITS) -> Finding:
     """Run a check and return what it found; whatever is raised is a finding."""
-    found = partial(Finding, check.name, check.feature)
+    finding = partial(Finding, check.name, check.feature)
     try:
         _check_protocol(backend)
-        return found("passed", mutations=tuple(check.run(backend, limits) or ()))
+        return finding("passed", mutations=tuple(check.run(backend, limits) or ()))
     except Refused as refused:
-        return found("refused", str(refused.verdict))
+        return finding("refused", str(refused.verdict))
     except NotRun as reason:
-        return found("not run", str(reason))
+        return finding("not run", str(reason))
     except ConformanceError as error:
-        return found("FAILED", str(error), error=error)
+        return finding("FAILED", str(error), error=error)
     except Exception as error:  # a vendor may raise anything, and that is a finding
         slip = _slip(backend)
-        return found("FAILED", f"{check.name}: {slip or f'{type(error).__name__}: {error}'}", error=error)
+        return finding("FAILED", f"{check.name}: {slip or f'{type(error).__name__}: {error}'}", error=error)
 
 
 def _check_protocol(backend: Backend) -> None:

@@ -32,13 +32,13 @@ def _long() -> Iterator[Case]:
     yield Case("context of 1,500", "long context", few, (1500, 40), (1, 5))
     yield Case("context of 4,200", "long context", layer(num_heads=2, num_kv_heads=1, returns_lse=True), (4200,), (1,))
     yield Case("context of 4,200 without LSE", "long context", few, (4200, 9), (3, 1))
-    one = layer(num_heads=1, num_kv_heads=1)
-    yield Case("context of 33,000", "very long context", one, (33000,), (1,))
-    yield Case("context of 33,000, two new tokens", "very long context", one, (33000, 77), (2, 1))
+    single = layer(num_heads=1, num_kv_heads=1)
+    yield Case("context of 33,000", "very long context", single, (33000,), (1,))
+    yield Case("context of 33,000, two new tokens", "very long context", single, (33000, 77), (2, 1))
     yield Case("40 decodes", "large batch", few, tuple(range(1, 81, 2)), (1,) * 40)
-    yield Case("300 decodes", "large batch", one, tuple(i % 50 for i in range(300)), (1,) * 300)
+    yield Case("300 decodes", "large batch", single, tuple(i % 50 for i in range(300)), (1,) * 300)
     lengths = tuple(1 + i % 3 for i in range(280))
-    yield Case("280 short prefills", "large batch", one, tuple(5 * (i % 4) for i in range(280)), lengths)
+    yield Case("280 short prefills", "large batch", single, tuple(5 * (i % 4) for i in range(280)), lengths)
 
 
 def _wide_windows() -> Iterator[Case]:

@@ -34,7 +34,7 @@ def check_merging(backend: Backend, spec: AttentionSpec, parts: int) -> None:
     out[np.isneginf(lse)] = 0
     like = any_array(backend, None)
     states = [(to_backend(out[i], like), to_backend(lse[i], like)) for i in range(parts)]
-    found = backend.merge_states(states)
+    merged = backend.merge_states(states)
     with np.errstate(divide="ignore"):
         weights = np.exp(lse.astype(np.float64))
         total = weights.sum(axis=0)
@@ -42,14 +42,14 @@ def check_merging(backend: Backend, spec: AttentionSpec, parts: int) -> None:
         exact, exact_lse = (out.astype(np.float64) * shares[..., None]).sum(axis=0), np.log(total)
     rounded = exact.astype(numpy_dtype(spec.dtype))
     for what, value, wanted, plain, floor in (
-        ("output", found[0], exact, rounded, OUTPUT_FLOOR[spec.dtype]),
-        ("LSE", found[1], exact_lse, exact_lse, LSE_FLOOR["float32"]),
+        ("output", merged[0], exact, rounded, OUTPUT_FLOOR[spec.dtype]),
+        ("LSE", merged[1], exact_lse, exact_lse, LSE_FLOOR["float32"]),
     ):
         near, error, allowed = within(to_host(value), wanted, plain, floor)
         if not near:
             raise ConformanceError(f"merge_states of {parts}: the {what} is off by {error:.3g}, allowed {allowed:.3g}")
-    if str(to_host(found[0]).dtype) != str(out.dtype) or to_host(found[1]).dtype != np.float32:
+    if str(to_host(merged[0]).dtype) != str(out.dtype) or to_host(merged[1]).dtype != np.float32:
         raise ConformanceError(
-            f"merge_states of {parts}: the output is {found[0].dtype} and the LSE {found[1].dtype}, "
+            f"merge_states of {parts}: the output is {merged[0].dtype} and the LSE {merged[1].dtype}, "
             f"must be {spec.dtype} and float32"
         )

@@ -160,9 +160,9 @@ def _shrink(backend: Backend, case: Case, error: Exception) -> tuple[Case, Excep
             if budget <= 0:
                 break
             if verdict_of(backend, candidate.spec, candidate.scales != (1.0, 1.0)):
-                found = _failure(backend, candidate)
-                if found is not None:
-                    case, error, smaller = candidate, found, True
+                failure = _failure(backend, candidate)
+                if failure is not None:
+                    case, error, smaller = candidate, failure, True
                     break
     return case, error
 

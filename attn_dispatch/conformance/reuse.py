@@ -13,7 +13,7 @@ from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
 from attn_dispatch.conformance.adaptation import plain_spec
 from attn_dispatch.conformance.case import Case
-from attn_dispatch.conformance.checks import Judge, check_contents
+from attn_dispatch.conformance.checks import Judge
 from attn_dispatch.conformance.compute import (
     any_array,
     compute,
@@ -27,6 +27,7 @@ from attn_dispatch.conformance.compute import (
 )
 from attn_dispatch.conformance.findings import ConformanceError, NotRun, Refused
 from attn_dispatch.conformance.problem import Problem, make_problem
+from attn_dispatch.conformance.stored import check_contents
 from attn_dispatch.contract import AttentionMetadata, AttentionSpec
 from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.dispatch import verdict_of

@@ -140,12 +140,12 @@ def check_exchange(backend: Backend, spec: AttentionSpec) -> None:
     v = rng.standard_normal((4, spec.num_kv_heads, spec.value_head_size)).astype(numpy_dtype(spec.dtype))
     plan = attn.plan(batch)
     host = attn.run(plan, q, k, v, cache)
-    own = attn.run(plan, to_backend(q, like), to_backend(k, like), to_backend(v, like), cache)
+    library_result = attn.run(plan, to_backend(q, like), to_backend(k, like), to_backend(v, like), cache)
     out = np.zeros_like(host)
-    given = attn.run(plan, q, k, v, cache, out=out)
-    if library_of(host) != "numpy" or given is not out:
+    written = attn.run(plan, q, k, v, cache, out=out)
+    if library_of(host) != "numpy" or written is not out:
         raise ConformanceError(f"NumPy arrays gave {library_of(host)}; out= must be written and returned itself")
-    results = [out, to_host(own)]
+    results = [out, to_host(library_result)]
     if "torch" in sys.modules:
         tensors = [as_library(x, "torch") for x in (q, k, v)]
         results.append(to_host(attn.run(plan, tensors[0], tensors[1], tensors[2], cache)))
