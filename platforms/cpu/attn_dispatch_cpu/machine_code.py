@@ -45,7 +45,7 @@ def kernel(name: str, kind: int = 0, path: str = "fma") -> Kernel:
     """Return a kernel, compiled at most once per process.
 
     Args:
-        name: "decode", "prefill", "write", "merge" or "wait".
+        name: "decode", "prefill", "write", "merge", "wait" or "rate".
         kind: of the cache's elements (see `kernels.kinds`); 0 for "merge" and "wait".
         path: see `code_path`.
     """
@@ -64,17 +64,22 @@ def cache_folder() -> Path:
     return environment.cache_folder(_FOLDER)
 
 
+def cache_file(stem: str, suffix: str) -> Path:
+    """Return where something that depends on this CPU and this package's source is kept."""
+    return cache_folder() / f"{stem}-{_fingerprint()}.{suffix}"
+
+
 def _load(name: str, kind: int, path: str) -> Kernel:
     stem = f"{name}-{kind}-{path}"
-    file = cache_folder() / f"{stem}-{_fingerprint()}.o"
+    file = cache_file(stem, "o")
     code = trusted_files.read(file)
     if code is None:
         start = time.perf_counter()
         _tell(f"attn_dispatch: compiling cpu/numba {stem} for this CPU... ")
         code = _compile(name, kind, path)
-        refusal = _keep(file, code)
-        kept = f"not kept: {refusal}" if refusal else f"kept in {file.parent}"
-        _tell(f"{time.perf_counter() - start:.1f} s, {kept}\n")
+        refusal = keep(file, code)
+        outcome = f"not kept: {refusal}" if refusal else f"kept in {file.parent}"
+        _tell(f"{time.perf_counter() - start:.1f} s, {outcome}\n")
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -89,13 +94,13 @@ def _compile(name: str, kind: int, path: str) -> bytes:
     return code
 
 
-def _keep(file: Path, code: bytes) -> str:
+def keep(file: Path, content: bytes) -> str:
     """Write a file; return why it could not be, or ""."""
     try:
         environment.make_cache_folder(_FOLDER)
     except OSError as error:
         return str(error)
-    return trusted_files.write(file, code)
+    return trusted_files.write(file, content)
 
 
 @cache
@@ -117,4 +122,4 @@ def _tell(text: str) -> None:
         sys.stderr.flush()
 
 
-__all__ = ["Kernel", "cache_folder", "kernel"]
+__all__ = ["Kernel", "cache_file", "cache_folder", "keep", "kernel"]

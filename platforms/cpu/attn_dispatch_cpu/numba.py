@@ -66,6 +66,12 @@ class NumbaBackend(Backend):
         """HND, with scales beside it where the cache is quantised."""
         return HND_SCALED if is_quantised(spec.kv_cache_dtype) else HND
 
+    def code_paths(self) -> dict[str, str]:
+        """Return, for each type of queries and cache, which instructions compute it and why; for `doctor`."""
+        from attn_dispatch_cpu.code_path import describe
+
+        return describe()
+
     def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
         """Return a zeroed NumPy array that begins with a cache line, a large one with a huge page."""
         element = numpy_dtype(dtype)

@@ -19,9 +19,8 @@ from attn_dispatch import AttentionSpec, KVCache
 from attn_dispatch.adapters.environment import num_threads
 from attn_dispatch.backend import Call, Plan
 from attn_dispatch.contract import Array, BatchView, LayerParameters
-from attn_dispatch.contract.dtypes import is_quantised
+from attn_dispatch.contract.dtypes import is_quantised, numpy_dtype
 from attn_dispatch.errors import ArrayError, PlanError
-from attn_dispatch_cpu.code_path import path_of
 from attn_dispatch_cpu.kernels import arguments as A
 from attn_dispatch_cpu.kernels.kinds import KINDS
 from attn_dispatch_cpu.machine_code import kernel
@@ -33,6 +32,7 @@ Words = npt.NDArray[np.int64]
 
 # Below this many bytes of new keys and values the caller writes them itself: waking a thread costs more.
 WRITE_ALONE_BYTES = 1 << 19
+CACHED_BYTES = 1 << 24  # keys and values of a step that a CPU's caches hold: fetching them early only costs
 FEW_THREADS = 4  # with no more, merging is done before another thread would have woken up
 KEY_TO_TOKEN = slice(A.KEY, A.KEY_TOKEN + 1)
 VALUE_TO_TOKEN = slice(A.VALUE, A.VALUE_TOKEN + 1)
@@ -77,6 +77,8 @@ def make_plan(spec: AttentionSpec, view: BatchView) -> NumbaPlan:
         A.FLAG_CAP * (spec.logits_soft_cap is not None) | A.FLAG_ALIBI * spec.alibi | A.FLAG_ADJUST * (spec.scale <= 0)
     )
     words[A.BLOCK_SIZE] = spec.block_size
+    row_bytes = spec.num_kv_heads * (spec.head_size + spec.value_head_size) * numpy_dtype(spec.kv_cache_dtype).itemsize
+    words[A.PREFETCH] = int(view.kv_lens.sum(dtype=np.int64)) * row_bytes > CACHED_BYTES
     numbers[A.SOFT_CAP] = spec.logits_soft_cap or 0.0
     numbers[A.SCALE] = spec.scale
     numbers[A.OUT_FACTOR] = numbers[A.KEY_SCALE] = numbers[A.VALUE_SCALE] = 1.0
@@ -180,7 +182,7 @@ class Launch:
         for work in work_of(plan, in_blocks=bool(words[A.TABLE])):
             layout = work.scratch
             words[A.SCRATCH], words[A.SCRATCH_BYTES] = self._scratch(layout.num_bytes * plan.threads), layout.num_bytes
-            words[A.SCRATCH_OFFSETS] = work.scratch_offsets_at
+            words[A.SCRATCH_OFFSETS] = layout.offsets_at
             words[A.ITEM_TABLE], words[A.NUM_ITEMS] = work.items_at, len(work.items)
             if work.parts:
                 entries = work.parts * spec.num_kv_heads * work.partial_rows
@@ -188,8 +190,12 @@ class Launch:
                 self._arrays += outs, lses
                 words[A.PARTIAL_OUT], words[A.PARTIAL_LSE] = address(outs), address(lses)
                 words[A.PARTIAL_ROWS] = work.partial_rows
-            self._run(work.kernel, KINDS[self._stored], path_of(work.kernel, spec.dtype, self._stored), work.threads)
+            self._run(work.kernel, KINDS[self._stored], work.path, work.threads)
             if work.parts:
+                words[A.SCRATCH_OFFSETS], words[A.SCRATCH_BYTES] = (
+                    work.merge_scratch.offsets_at,
+                    work.merge_scratch.num_bytes,
+                )
                 words[A.SPLITS], words[A.NUM_ITEMS] = address(work.splits), len(work.splits) * spec.num_kv_heads
                 self._run("merge", 0, "fma", 1 if plan.threads <= FEW_THREADS else work.threads)
 

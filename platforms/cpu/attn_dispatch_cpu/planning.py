@@ -16,8 +16,18 @@ import numpy.typing as npt
 
 from attn_dispatch import AttentionSpec
 from attn_dispatch.contract import BatchView
+from attn_dispatch_cpu.code_path import path_of
 from attn_dispatch_cpu.kernels import arguments as A
-from attn_dispatch_cpu.kernels.scratch import PREFILL_ROWS, Scratch, decode_scratch, prefill_scratch
+from attn_dispatch_cpu.kernels.scratch import (
+    PREFILL_ROWS,
+    Scratch,
+    amx_decode_scratch,
+    amx_prefill_rows,
+    amx_prefill_scratch,
+    decode_scratch,
+    merge_scratch,
+    prefill_scratch,
+)
 
 I32 = npt.NDArray[np.int32]
 
@@ -41,8 +51,10 @@ class Work:
         parts: how many partial results there are.
         partial_rows: rows of the largest of them.
         threads: how many are worth waking.
+        path: see `code_path`.
         scratch: of one worker.
-        items_at, scratch_offsets_at: addresses.
+        merge_scratch: likewise, of merging the parts.
+        items_at: the address of `items`.
     """
 
     kernel: str
@@ -51,13 +63,13 @@ class Work:
     parts: int
     partial_rows: int
     threads: int
+    path: str
     scratch: Scratch
+    merge_scratch: Scratch
     items_at: int = field(init=False)
-    scratch_offsets_at: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.items_at = self.items.__array_interface__["data"][0]
-        self.scratch_offsets_at = self.scratch.offsets.__array_interface__["data"][0]
 
 
 def cut(spec: AttentionSpec, view: BatchView, threads: int, in_blocks: bool) -> list[Work]:
@@ -69,15 +81,16 @@ def cut(spec: AttentionSpec, view: BatchView, threads: int, in_blocks: bool) -> 
         threads: how many there are.
         in_blocks: keys are in a cache; otherwise one after the other, and only the prefill kernel reads them.
     """
+    stored = spec.kv_cache_dtype if in_blocks else spec.dtype
     lens = view.query_lens
     rows = lens * spec.group_size
     most = DECODE_MAX_ROWS if in_blocks else 0
     few, many = np.flatnonzero((rows > 0) & (rows <= most)), np.flatnonzero(rows > most)
     work = []
     if len(few):
-        work.append(_decode(spec, view, few, threads))
+        work.append(_decode(spec, view, few, threads, path_of(spec.dtype, stored)))
     if len(many):
-        work.append(_prefill(spec, view, many, threads))
+        work.append(_prefill(spec, view, many, threads, path_of(spec.dtype, stored)))
     return work
 
 
@@ -103,7 +116,7 @@ def _blank(count: int, group_size: int) -> I32:
     return items
 
 
-def _decode(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
+def _decode(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int, path: str) -> Work:
     heads = spec.num_kv_heads
     queries = view.query_lens[sequences]
     begin, end = _ranges(spec, view, sequences, np.zeros_like(queries), queries)
@@ -168,15 +181,23 @@ def _decode(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp
         split_table[:, A.SPLIT_ITEM] = now_at[split_table[:, A.SPLIT_ITEM]]
     most = int(table[:, A.ITEM_HEADS].max())
     useful = min(threads, len(table))
-    scratch = decode_scratch(spec.head_size, spec.value_head_size, most, rows)
-    return Work("decode", np.ascontiguousarray(table), split_table, num_parts, rows, useful, scratch)
+    sizes = spec.head_size, spec.value_head_size
+    scratch = amx_decode_scratch(*sizes) if path.startswith("amx") else decode_scratch(*sizes, most, rows)
+    merge = merge_scratch(spec.value_head_size)
+    return Work("decode", np.ascontiguousarray(table), split_table, num_parts, rows, useful, path, scratch, merge)
 
 
-def _prefill(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int) -> Work:
+def _prefill(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.intp], threads: int, path: str) -> Work:
     heads, group_size = spec.num_kv_heads, spec.group_size
-    per_tile = max(1, PREFILL_ROWS // group_size)
-    group_parts = -(-group_size // PREFILL_ROWS)  # of a group that is larger than a tile
+    sizes = spec.head_size, spec.value_head_size
     lens = view.query_lens[sequences]
+    most_rows = PREFILL_ROWS
+    if path.startswith("amx"):
+        # As many as the second-level cache holds, but no fewer items than keep every thread busy.
+        share = -(-int(lens.sum()) * group_size * heads // (PIECES_PER_THREAD * threads))
+        most_rows = min(amx_prefill_rows(*sizes), max(-(-share // 32) * 32, PREFILL_ROWS))
+    per_tile = max(1, most_rows // group_size)
+    group_parts = -(-group_size // most_rows)  # of a group that is larger than an item
     count = -(-lens // per_tile)
     owner = np.repeat(np.arange(len(sequences)), count)
     first = (np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)) * per_tile
@@ -191,11 +212,13 @@ def _prefill(spec: AttentionSpec, view: BatchView, sequences: npt.NDArray[np.int
     items[:, A.ITEM_HEAD] = np.tile(np.repeat(np.arange(heads), group_parts), len(base))
     if group_parts > 1:
         part = np.tile(np.arange(group_parts), len(base) * heads)
-        items[:, A.ITEM_GROUP] = part * PREFILL_ROWS
-        items[:, A.ITEM_GROUPS] = np.minimum(PREFILL_ROWS, group_size - part * PREFILL_ROWS)
+        items[:, A.ITEM_GROUP] = part * most_rows
+        items[:, A.ITEM_GROUPS] = np.minimum(most_rows, group_size - part * most_rows)
     no_splits = np.zeros((0, A.SPLIT_WORDS), np.int32)
-    scratch = prefill_scratch(spec.head_size, spec.value_head_size)
-    return Work("prefill", np.ascontiguousarray(items), no_splits, 0, 0, min(threads, len(items)), scratch)
+    scratch = amx_prefill_scratch(*sizes, most_rows) if path.startswith("amx") else prefill_scratch(*sizes)
+    merge = merge_scratch(spec.value_head_size)
+    useful = min(threads, len(items))
+    return Work("prefill", np.ascontiguousarray(items), no_splits, 0, 0, useful, path, scratch, merge)
 
 
 __all__ = ["Work", "cut"]

@@ -21,7 +21,7 @@ _warned: set[str] = set()
 
 def read(path: Path) -> bytes | None:
     """Return a file's content, or None: absent, damaged, or not to be trusted."""
-    if not path.exists() or _folder_refused(path.parent):
+    if not os.path.exists(path) or _folder_refused(path.parent):
         return None
     try:
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:

@@ -66,8 +66,8 @@ def test_torch_in_any_strides() -> None:
         room = torch.zeros(41, 4, 128, dtype=torch.bfloat16)
         for out in (None, room[:, :, :64], room[:, :, ::2]):
             got = attn.run(plan, *views, attn.allocate(4), out)
-            assert out is None or got is out
-            assert np.array_equal(got.contiguous().view(torch.int16).numpy(), expected().view(np.int16))
+            assert out is None or got is out or (views[0].requires_grad and got.data_ptr() == out.data_ptr())
+            assert np.array_equal(got.detach().contiguous().view(torch.int16).numpy(), expected().view(np.int16))
 
 
 def test_torch_encoder_and_lse() -> None:

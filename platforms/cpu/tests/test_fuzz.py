@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from attn_dispatch.conformance import Case, check_mutations, run_case
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.dispatch import registry
+from attn_dispatch_cpu.code_path import AMX_STORED
 
 EXAMPLES = int(os.environ.get("CPU_FUZZ_EXAMPLES", "200"))
 SETTINGS = settings(
@@ -83,7 +85,25 @@ def test_random_problems(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     @SETTINGS
     @given(case=problems(), seed=st.integers(0, 2**16))
     def check(case: Case, seed: int) -> None:
-        result = run_case(backend, case, seed + seeds[threads])
+        result = run_case(backend, case, seed + seeds[threads], mutations=False)
+        assert result.verdict, str(result.verdict)
+
+    check()
+
+
+@pytest.mark.parametrize("path", ["fma", "amx-emulated"])
+def test_random_problems_on_another_code_path(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this CPU would not choose computes the same: bf16 queries, any cache that bf16 holds exactly."""
+    monkeypatch.setenv("ATTN_DISPATCH_NUM_THREADS", "2")
+    monkeypatch.setenv("ATTN_DISPATCH_CPU_CODE_PATH", path)
+    backend = registry().load("cpu/numba")
+
+    @settings(SETTINGS, max_examples=EXAMPLES if "CPU_FUZZ_EXAMPLES" in os.environ else 40)
+    @given(case=problems(), seed=st.integers(0, 2**16), stored=st.sampled_from(AMX_STORED))
+    def check(case: Case, seed: int, stored: str) -> None:
+        spec = replace(case.spec, dtype="bfloat16", kv_cache_dtype=stored)
+        scales = (0.03, 0.04) if stored == "int8" else (1.0, 1.0)
+        result = run_case(backend, replace(case, spec=spec, scales=scales), seed, mutations=False)
         assert result.verdict, str(result.verdict)
 
     check()

@@ -39,11 +39,13 @@ def locate(args: int, sequence: int, position: int) -> tuple[int, int, int]:
 
 
 @njit  # type: ignore[untyped-decorator]
-def fill_lane_limits(args: int, item: int, head: int, rows: int, lanes_per_row: int, limits: int) -> tuple[int, int]:
-    """Write what each lane may see (see `softmax.adjust`); return (highest low, lowest high).
+def fill_lane_limits(
+    args: int, item: int, head: int, rows: int, lanes: int, lanes_per_row: int, period: int, limits: int
+) -> tuple[int, int]:
+    """Write what each lane may see (see `softmax.make_adjust`); return (highest low, lowest high).
 
-    Per 16 lanes: i32 first visible position, i32 one past the last, f32 ALiBi slope, i32 query position, i32 offset of
-    the lane's token in its tile. Rows beyond `rows` are padding: they see what the last one does, so that they never
+    Lane i is of row `i // lanes_per_row % period`. Per 16 lanes: i32 first visible position, i32 one past the last, f32
+    ALiBi slope, i32 query position. Rows beyond `rows` are padding: they see what the last one does, so that they never
     need a mask of their own.
     """
     sequence = read_i32(item + 4 * A.ITEM_SEQUENCE)
@@ -60,9 +62,8 @@ def fill_lane_limits(args: int, item: int, head: int, rows: int, lanes_per_row: 
     groups = read_i32(item + 4 * A.ITEM_GROUPS)
     highest_low = begin
     lowest_high = end
-    padded = (rows * lanes_per_row + 15) // 16 * 16
-    for lane in range(padded):
-        row = min(lane // lanes_per_row, rows - 1)
+    for lane in range(lanes):
+        row = min(lane // lanes_per_row % period, rows - 1)
         position = first + row // groups
         low = begin
         high = end
@@ -76,7 +77,6 @@ def fill_lane_limits(args: int, item: int, head: int, rows: int, lanes_per_row: 
         write_i32(at, low)
         write_i32(at + 64, high)
         write_i32(at + 192, position)
-        write_i32(at + 256, lane % lanes_per_row)
         slope = 0.0
         if slopes != 0:
             slope = read_f32(slopes + 4 * (head * group_size + group_first + row % groups))

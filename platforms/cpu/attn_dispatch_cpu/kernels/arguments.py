@@ -104,6 +104,10 @@ WAIT_SEEN: Final = 1  # what it was,
 WAIT_LOOKS: Final = 2  # and how often to look
 WAIT_WORDS: Final = 3
 
+# The kernel that times a code path: [rounds, result, ...].
+RATE_WORDS: Final = 16
+RATE_CHAINS: Final = 8  # of sums that do not wait for each other
+
 
 def new_arguments() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return a zeroed record, as integers and (the same memory) as real numbers."""

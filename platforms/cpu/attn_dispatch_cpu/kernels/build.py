@@ -8,11 +8,14 @@ from typing import Any
 import llvmlite.binding as llvm
 from numba import cfunc, int64, void
 
+from attn_dispatch_cpu.kernels.amx_decode import make_amx_decode_kernel
+from attn_dispatch_cpu.kernels.amx_prefill import make_amx_prefill_kernel
 from attn_dispatch_cpu.kernels.calls import guarded
 from attn_dispatch_cpu.kernels.decode import make_decode_kernel
 from attn_dispatch_cpu.kernels.isa import host_isa, target_machine
 from attn_dispatch_cpu.kernels.merge import make_merge_kernel
 from attn_dispatch_cpu.kernels.prefill import make_prefill_kernel
+from attn_dispatch_cpu.kernels.rate import make_rate_kernel
 from attn_dispatch_cpu.kernels.wait import make_wait_kernel
 from attn_dispatch_cpu.kernels.write import make_write_kernel
 
@@ -24,8 +27,13 @@ def make_function(name: str, kind: int, path: str) -> Any:
     """Return the function of a kernel; see `machine_code.kernel` for the arguments."""
     isa = host_isa()
     dot = path == "bf16-dot"
+    if name in ("decode", "prefill") and path.startswith("amx"):
+        make_amx_kernel = make_amx_decode_kernel if name == "decode" else make_amx_prefill_kernel
+        return guarded(make_amx_kernel(isa, kind, emulated=path == "amx-emulated"))
     if name == "wait":
         return make_wait_kernel()
+    if name == "rate":
+        return make_rate_kernel(isa, path)
     if name == "decode":
         return guarded(make_decode_kernel(isa, kind, dot))
     if name == "prefill":

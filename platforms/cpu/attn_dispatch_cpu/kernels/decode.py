@@ -8,7 +8,6 @@ are fetched, and likewise its values.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from attn_dispatch_cpu.kernels import arguments as A
@@ -16,24 +15,14 @@ from attn_dispatch_cpu.kernels import scratch as S
 from attn_dispatch_cpu.kernels.addressing import fill_lane_limits, locate, region
 from attn_dispatch_cpu.kernels.decode_tiles import make_decode_tiles
 from attn_dispatch_cpu.kernels.isa import Isa
+from attn_dispatch_cpu.kernels.items import NEG_INF, first_logit, make_finish_row, query_address, read_item, read_layer
 from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES
-from attn_dispatch_cpu.kernels.memory import (
-    fill_zero,
-    read_f32,
-    read_f64,
-    read_i32,
-    read_i64,
-    take_item,
-    write_f32,
-    write_i64,
-)  # fmt: skip
-from attn_dispatch_cpu.kernels.rows import make_collect_row, make_load_row, make_store_row
-from attn_dispatch_cpu.kernels.softmax import adjust, make_decode_softmax
+from attn_dispatch_cpu.kernels.memory import fill_zero, read_f32, read_i64, take_item, write_f32, write_i64
+from attn_dispatch_cpu.kernels.rows import make_collect_row, make_load_row
+from attn_dispatch_cpu.kernels.softmax import make_adjust, make_decode_softmax
 from attn_dispatch_cpu.kernels.vector import LOG2E
 
 MIN_CHUNK = 32
-LN2 = math.log(2.0)
-NEG_INF = -math.inf
 
 
 def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
@@ -45,34 +34,20 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
     item_bytes = ITEM_BYTES[kind]
     softmax = make_decode_softmax(dot)
     load_row = make_load_row(isa, raw=dot)
-    store_row = make_store_row(isa)
+    finish_row = make_finish_row(isa)
+    adjust = make_adjust((0, 1, 2, 3) * 4)
     collect_row = make_collect_row(column_unit, dot)
 
     def decode(args: int, call: int, worker: int) -> None:
-        items = read_i64(args + 8 * A.NUM_ITEMS)
-        tile_table = read_i64(args + 8 * A.ITEM_TABLE)
-        group = read_i64(args + 8 * A.GROUP_SIZE)
-        kv_heads = read_i64(args + 8 * A.KV_HEADS)
-        head_size = read_i64(args + 8 * A.HEAD_SIZE)
-        value_head_size = read_i64(args + 8 * A.VALUE_HEAD_SIZE)
-        key_token = read_i64(args + 8 * A.KEY_TOKEN)
-        key_head = read_i64(args + 8 * A.KEY_HEAD)
-        value_token = read_i64(args + 8 * A.VALUE_TOKEN)
-        value_head = read_i64(args + 8 * A.VALUE_HEAD)
-        block_size = read_i64(args + 8 * A.BLOCK_SIZE)
-        key_scales = read_i64(args + 8 * A.KEY_SCALES)
-        value_scales = read_i64(args + 8 * A.VALUE_SCALES)
-        flags = read_i64(args + 8 * A.FLAGS)
-        scale = read_f64(args + 8 * A.SCALE)
-        cap = read_f64(args + 8 * A.SOFT_CAP)
-        sinks = read_i64(args + 8 * A.SINKS)
-        query_start = read_i64(args + 8 * A.QUERY_START)
-        out_factor = read_f64(args + 8 * A.OUT_FACTOR)
+        layer = read_layer(args)
+        block_size, scale, cap, flags = layer.block_size, layer.scale, layer.cap, layer.flags
+        head_size, value_head_size = layer.head_size, layer.value_head_size
+        key_scales, value_scales = layer.key_scales, layer.value_scales
 
         chunk = block_size
         if chunk < MIN_CHUNK:
             chunk = MIN_CHUNK // block_size * block_size
-        if chunk > S.DECODE_CHUNK or read_i64(args + 8 * A.TABLE) == 0:
+        if chunk > S.DECODE_CHUNK or not layer.in_blocks:
             chunk = S.DECODE_CHUNK
 
         q_row = (head_size + head_unit - 1) // head_unit * head_unit * q_item
@@ -103,44 +78,31 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
         q_rows = region(args, worker, S.QUERIES)
         fill_zero(zeros, zero_bytes)
 
-        item = take_item(call)
-        while item < items:
+        number = take_item(call)
+        while number < layer.items:
             next_item = -1  # taken as late as can be: another worker may be free before this one
-            tile = tile_table + item * (4 * A.ITEM_WORDS)
-            sequence = read_i32(tile + 4 * A.ITEM_SEQUENCE)
-            queries = read_i32(tile + 4 * A.ITEM_QUERIES)
-            begin = read_i32(tile + 4 * A.ITEM_BEGIN)
-            end = read_i32(tile + 4 * A.ITEM_END)
-            part = read_i32(tile + 4 * A.ITEM_PART)
-            head_first = read_i32(tile + 4 * A.ITEM_HEAD)
-            heads = read_i32(tile + 4 * A.ITEM_HEADS)
-            counts_sink = sinks != 0 and read_i32(tile + 4 * A.ITEM_SINK) != 0
-            token = read_i32(query_start + 4 * sequence) + read_i32(tile + 4 * A.ITEM_QUERY)
-            rows = queries * group
+            item = read_item(args, number)
+            sequence, begin, end, heads, rows = item.sequence, item.begin, item.end, item.heads, item.rows
+            head_first = item.head
             row_tiles = (rows + 3) // 4
             head_tiles = heads * row_tiles
 
             fill_zero(acc, head_tiles * acc_bytes)
             fill_zero(q_rows, head_tiles * 4 * q_row)  # rows that pad a tile are 0
-            q_first = read_i64(args + 8 * A.Q) + token * read_i64(args + 8 * A.Q_TOKEN)
             highest_low = begin
             lowest_high = end
             for h in range(heads):
                 head = head_first + h
                 for r in range(rows):
-                    q_at = q_first + (r // group) * read_i64(args + 8 * A.Q_TOKEN)
-                    q_at += (head * group + r % group) * read_i64(args + 8 * A.Q_HEAD)
+                    q_at = query_address(args, item, head, r)
                     load_row(q_at, read_i64(args + 8 * A.Q_KIND), head_size, q_rows + (4 * h * row_tiles + r) * q_row)
+                at = limits + h * row_tiles * S.LIMIT_BYTES
                 highest_low, lowest_high = fill_lane_limits(
-                    args, tile, head, rows, 4, limits + h * row_tiles * S.LIMIT_BYTES
+                    args, item.address, head, rows, 16 * row_tiles, 4, 4 * row_tiles, at
                 )
                 for lane in range(row_tiles * 16):
-                    peak = NEG_INF
-                    total = 0.0
-                    if counts_sink and lane // 4 < rows:
-                        peak = read_f32(sinks + 4 * (head * group + (lane // 4) % group)) * LOG2E
-                        if lane % 4 == 0 and peak > NEG_INF:
-                            total = 1.0
+                    peak = first_logit(args, item, head, lane // 4)
+                    total = 1.0 if lane % 4 == 0 and peak > NEG_INF else 0.0
                     at = state + (h * row_tiles + lane // 16) * S.STATE_BYTES + 4 * (lane % 16)
                     write_f32(at, peak)
                     write_f32(at + 64, total)
@@ -156,8 +118,8 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     write_i64(key_bases + 8 * i, key)
                     write_i64(value_bases + 8 * i, value)
                     write_i64(entries + 8 * i, entry)
-                    write_i64(keys_next + 8 * i, key + head_first * key_head)
-                    write_i64(values_next + 8 * i, value + head_first * value_head)
+                    write_i64(keys_next + 8 * i, key + head_first * layer.key_head)
+                    write_i64(values_next + 8 * i, value + head_first * layer.value_head)
             while first < end:
                 special = flags != 0 or key_scales != 0 or first < highest_low or first + 4 * tiles > lowest_high
                 ahead_first = first
@@ -171,7 +133,7 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                         at = read_i64(values_now + 8 * i)
                         t = first + 4 * i
                         for j in range(4):
-                            write_i64(rows_now + 32 * i + 8 * j, at + j * value_token)
+                            write_i64(rows_now + 32 * i + 8 * j, at + j * layer.value_token)
                         if t < begin or t + 4 > end:
                             for j in range(4):
                                 if t + j < begin or t + j >= end:
@@ -187,8 +149,10 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     # What to fetch while these are multiplied: the keys and the values of the next step.
                     if h + 1 < heads:
                         for i in range(tiles):
-                            write_i64(keys_next + 8 * i, read_i64(key_bases + 8 * i) + (head + 1) * key_head)
-                            write_i64(values_next + 8 * i, read_i64(value_bases + 8 * i) + (head + 1) * value_head)
+                            write_i64(keys_next + 8 * i, read_i64(key_bases + 8 * i) + (head + 1) * layer.key_head)
+                            write_i64(
+                                values_next + 8 * i, read_i64(value_bases + 8 * i) + (head + 1) * layer.value_head
+                            )
                     else:
                         ahead_first = last
                         ahead_end = end
@@ -196,12 +160,11 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                         ahead_head = head_first
                         if ahead_first >= end:
                             next_item = take_item(call)
-                        if 0 <= next_item < items:
-                            ahead_tile = tile_table + next_item * (4 * A.ITEM_WORDS)
-                            ahead_sequence = read_i32(ahead_tile + 4 * A.ITEM_SEQUENCE)
-                            ahead_first = read_i32(ahead_tile + 4 * A.ITEM_BEGIN) // 4 * 4
-                            ahead_end = read_i32(ahead_tile + 4 * A.ITEM_END)
-                            ahead_head = read_i32(ahead_tile + 4 * A.ITEM_HEAD)
+                        if 0 <= next_item < layer.items:
+                            ahead_item = read_item(args, next_item)
+                            ahead_sequence, ahead_head = ahead_item.sequence, ahead_item.head
+                            ahead_first = ahead_item.begin // 4 * 4
+                            ahead_end = ahead_item.end
                         ahead_last = min((ahead_first // chunk + 1) * chunk, ahead_end)
                         ahead_tiles = (ahead_last - ahead_first + 3) // 4
                         for i in range(ahead_tiles):
@@ -209,8 +172,8 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                             write_i64(key_bases + 8 * i, key)
                             write_i64(value_bases + 8 * i, value)
                             write_i64(entries + 8 * i, entry)
-                            write_i64(keys_next + 8 * i, key + ahead_head * key_head)
-                            write_i64(values_next + 8 * i, value + ahead_head * value_head)
+                            write_i64(keys_next + 8 * i, key + ahead_head * layer.key_head)
+                            write_i64(values_next + 8 * i, value + ahead_head * layer.value_head)
                         for i in range(max(ahead_tiles, 0), tiles):  # nothing left to fetch: what is there already
                             write_i64(keys_next + 8 * i, read_i64(keys_now + 8 * i))
                             write_i64(values_next + 8 * i, read_i64(values_now + 8 * i))
@@ -218,11 +181,11 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     for r in range(row_tiles):
                         which = h * row_tiles + r
                         for i in range(tiles):
-                            scores_tile(q_rows + 4 * which * q_row, q_row, read_i64(keys_now + 8 * i), key_token,
+                            scores_tile(q_rows + 4 * which * q_row, q_row, read_i64(keys_now + 8 * i), layer.key_token,
                                         head_size, scores + 64 * i, read_i64(keys_next + 8 * i))  # fmt: skip
                         multiplier = scale * LOG2E
                         if special:
-                            adjust(scores, tiles, 64, limits + S.LIMIT_BYTES * which, first, 4,
+                            adjust(scores, tiles, 64, limits + S.LIMIT_BYTES * which, first,
                                    key_factors if key_scales != 0 else 0, flags, scale, cap)  # fmt: skip
                             multiplier = 1.0
                         softmax(scores, tiles, weights, state + S.STATE_BYTES * which, factors,
@@ -241,31 +204,9 @@ def make_decode_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                     at = state + which * S.STATE_BYTES + 16 * (r % 4)
                     peak = read_f32(at)
                     total = read_f32(at + 64) + read_f32(at + 68) + read_f32(at + 72) + read_f32(at + 76)
-                    lse = NEG_INF
-                    factor = 0.0
-                    if total != 0.0:
-                        factor = out_factor / total
-                        lse = (peak + math.log2(total)) * LN2
                     collect_row(acc + which * acc_bytes, r % 4, units, output_row)
-                    head_row = (head_first + h) * group + r % group
-                    if part < 0:
-                        out = read_i64(args + 8 * A.OUT) + (token + r // group) * read_i64(args + 8 * A.OUT_TOKEN)
-                        store_row(output_row, factor, read_i64(args + 8 * A.OUT_KIND), value_head_size,
-                                  out + head_row * read_i64(args + 8 * A.OUT_HEAD))  # fmt: skip
-                        lses = read_i64(args + 8 * A.LSE)
-                        if lses != 0:
-                            write_f32(lses + 4 * ((token + r // group) * kv_heads * group + head_row), lse)
-                    else:
-                        entry = (part * kv_heads + head_first + h) * read_i64(args + 8 * A.PARTIAL_ROWS) + r
-                        store_row(
-                            output_row,
-                            factor,
-                            0,
-                            value_head_size,
-                            read_i64(args + 8 * A.PARTIAL_OUT) + entry * 4 * value_head_size,
-                        )
-                        write_f32(read_i64(args + 8 * A.PARTIAL_LSE) + 4 * entry, lse)
-            item = next_item if next_item >= 0 else take_item(call)
+                    finish_row(args, item, head_first + h, r, output_row, peak, total)
+            number = next_item if next_item >= 0 else take_item(call)
 
     return decode
 

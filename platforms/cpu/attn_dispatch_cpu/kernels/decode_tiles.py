@@ -50,8 +50,8 @@ class DecodeTiles:
 
 def make_decode_tiles(isa: Isa, kind: int, dot: bool, locality: int = 2) -> DecodeTiles:
     """Build the micro-kernels for a cache of `kind`; `dot`: queries and cache are bf16 and the CPU multiplies them."""
-    column_unit = 32 if dot else isa.lanes
-    head_unit = 32 if dot else isa.lanes
+    column_unit = 2 * isa.lanes if dot else isa.lanes
+    head_unit = 2 * isa.lanes if dot else isa.lanes
     scores = _scores(isa, kind, dot, head_unit, locality)
     return DecodeTiles(scores, _values(isa, kind, dot, column_unit, locality), column_unit, head_unit)
 
@@ -60,7 +60,7 @@ def _scores(isa: Isa, kind: int, dot: bool, head_unit: int, locality: int) -> An
     """4 tokens x 4 rows; q is laid out `[row][D]`."""
     lanes = isa.lanes
     item, q_item = ITEM_BYTES[kind], 2 if dot else 4
-    accumulator, pairs = vec(F32, lanes), vec(I16, 32)
+    accumulator, pairs = vec(F32, lanes), vec(I16, 2 * lanes)
 
     def step(e: Emit, sums: list[list[Value]], queries: list[Value], keys: list[Value], offset: Value, q_offset: Value,
              mask: Value | None) -> None:  # fmt: skip
@@ -167,7 +167,7 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
             for u in range(count):
                 offset = u * column_unit * item
                 if dot:
-                    ty = vec(I16, 32)
+                    ty = vec(I16, 2 * lanes)
                     pair = [
                         e.load(e.add(at[t + i], offset), ty)
                         if mask is None
@@ -176,7 +176,10 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
                     ]
                     for start in (0, 4):
                         pattern = [
-                            x for q in range(0, 32, 8) for i in range(4) for x in (q + start + i, 32 + q + start + i)
+                            x
+                            for q in range(0, 2 * lanes, 8)
+                            for i in range(4)
+                            for x in (q + start + i, 2 * lanes + q + start + i)
                         ]
                         columns.append(e.shuffle(pair[0], pair[1], pattern))
                 else:
@@ -184,7 +187,7 @@ def _values(isa: Isa, kind: int, dot: bool, column_unit: int, locality: int) -> 
             for r in rows:
                 if dot:
                     bits = e.load(e.add(weights, (r * TOKENS + t) * 2), I32)
-                    weight = b.bitcast(e.splat(bits, 16), vec(I16, 32))
+                    weight = b.bitcast(e.splat(bits, lanes), vec(I16, 2 * lanes))
                 else:
                     weight = e.splat(e.load(e.add(weights, (r * TOKENS + t) * 4), F32), lanes)
                 for c, column in enumerate(columns):

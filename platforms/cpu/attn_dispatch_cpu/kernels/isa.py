@@ -23,7 +23,7 @@ class Isa:
     rows_per_pass: int  # query rows whose accumulators are held in registers at once (decode)
     tile_tokens: int  # tokens of one register tile (prefill)
     tile_vectors: int  # row vectors of one register tile (prefill)
-    bf16_dot: bool  # VDPBF16PS: bf16 pairs, summed in f32
+    bf16_dot: bool  # VDPBF16PS or BFDOT: bf16 pairs, summed in f32
     amx: bool  # tiles of bf16, summed in f32 (whether the system permits them is asked elsewhere)
 
 
@@ -32,7 +32,7 @@ def cpu_identity() -> tuple[str, str, str]:
     name = os.environ.get("NUMBA_CPU_NAME")
     features = os.environ.get("NUMBA_CPU_FEATURES")
     if features is None:
-        features = "" if name else llvm.get_host_cpu_features().flatten()
+        features = "" if name == "generic" else llvm.get_host_cpu_features().flatten()
     return llvm.get_process_triple(), name or llvm.get_host_cpu_name(), features
 
 
@@ -54,7 +54,7 @@ def host_isa() -> Isa:
     triple, _, features = cpu_identity()
     flags = frozenset(flag[1:] for flag in features.split(",") if flag.startswith("+"))
     if triple.startswith(("aarch64", "arm64")):
-        return Isa("neon", 4, 4, 4, 4, bf16_dot=False, amx=False)
+        return Isa("neon", 4, 4, 4, 4, bf16_dot="bf16" in flags, amx=False)
     if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags:
         return Isa("avx512", 16, 4, 4, 4, "avx512bf16" in flags, {"amx-tile", "amx-bf16"} <= flags)
     if {"avx2", "fma"} <= flags:

@@ -9,14 +9,7 @@ from attn_dispatch_cpu.kernels import arguments as A
 from attn_dispatch_cpu.kernels import scratch as S
 from attn_dispatch_cpu.kernels.addressing import region
 from attn_dispatch_cpu.kernels.isa import Isa
-from attn_dispatch_cpu.kernels.memory import (
-    fill_zero,
-    read_f32,
-    read_i32,
-    read_i64,
-    take_item,
-    write_f32,
-)  # fmt: skip
+from attn_dispatch_cpu.kernels.memory import fill_zero, read_f32, read_i32, read_i64, take_item, write_f32
 from attn_dispatch_cpu.kernels.rows import make_store_row
 
 NEG_INF = -math.inf
@@ -34,7 +27,7 @@ def make_merge_kernel(isa: Isa) -> Any:
         partial_rows = read_i64(args + 8 * A.PARTIAL_ROWS)
         partial_out = read_i64(args + 8 * A.PARTIAL_OUT)
         partial_lse = read_i64(args + 8 * A.PARTIAL_LSE)
-        row = region(args, worker, S.ROW)
+        row = region(args, worker, S.MERGE_ROW)
         item = take_item(call)
         while item < items:
             entry = read_i64(args + 8 * A.SPLITS) + (item // kv_heads) * (4 * A.SPLIT_WORDS)

@@ -7,25 +7,24 @@ register tile in `wide_tiles`. Keys and values that the tile cannot read as they
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from attn_dispatch_cpu.kernels import arguments as A
 from attn_dispatch_cpu.kernels import scratch as S
 from attn_dispatch_cpu.kernels.addressing import fill_lane_limits, locate, region
 from attn_dispatch_cpu.kernels.isa import Isa
+from attn_dispatch_cpu.kernels.items import NEG_INF, first_logit, make_finish_row, query_address, read_item, read_layer
 from attn_dispatch_cpu.kernels.kinds import ITEM_BYTES
 from attn_dispatch_cpu.kernels.memory import (
     fill_zero,
     read_f32,
-    read_f64,
     read_i32,
     read_i64,
     take_item,
     write_f32,
     write_i32,
     write_i64,
-)  # fmt: skip
+)
 from attn_dispatch_cpu.kernels.prefill_tiles import (
     ROWS,
     interleave_rows,
@@ -33,14 +32,12 @@ from attn_dispatch_cpu.kernels.prefill_tiles import (
     make_product,
     make_widen_row,
 )
-from attn_dispatch_cpu.kernels.rows import make_load_row, make_store_row
+from attn_dispatch_cpu.kernels.rows import make_load_row
 from attn_dispatch_cpu.kernels.scratch import PREFILL_CHUNK
-from attn_dispatch_cpu.kernels.softmax import adjust
+from attn_dispatch_cpu.kernels.softmax import make_adjust
 from attn_dispatch_cpu.kernels.vector import LOG2E
 
 SEGMENT = 128  # steps of a score that are summed one after the other, before they are added to the others
-LN2 = math.log(2.0)
-NEG_INF = -math.inf
 
 
 def make_prefill_kernel(isa: Isa, kind: int, dot: bool) -> Any:
@@ -49,31 +46,17 @@ def make_prefill_kernel(isa: Isa, kind: int, dot: bool) -> Any:
     softmax = make_prefill_softmax(dot)
     widen_row = make_widen_row(isa, kind)
     load_row = make_load_row(isa, raw=dot)
-    store_row = make_store_row(isa)
+    adjust = make_adjust((0,) * 16)
+    finish_row = make_finish_row(isa)
     item_bytes = ITEM_BYTES[kind]
     pad = 32 if dot else isa.lanes
     in_place = dot  # keys are read where they lie; with a dot product of pairs, if their number is even
 
     def prefill(args: int, call: int, worker: int) -> None:
-        items = read_i64(args + 8 * A.NUM_ITEMS)
-        tile_table = read_i64(args + 8 * A.ITEM_TABLE)
-        group = read_i64(args + 8 * A.GROUP_SIZE)
-        kv_heads = read_i64(args + 8 * A.KV_HEADS)
-        head_size = read_i64(args + 8 * A.HEAD_SIZE)
-        value_head_size = read_i64(args + 8 * A.VALUE_HEAD_SIZE)
-        key_token = read_i64(args + 8 * A.KEY_TOKEN)
-        key_head = read_i64(args + 8 * A.KEY_HEAD)
-        value_token = read_i64(args + 8 * A.VALUE_TOKEN)
-        value_head = read_i64(args + 8 * A.VALUE_HEAD)
-        block_size = read_i64(args + 8 * A.BLOCK_SIZE)
-        key_scales = read_i64(args + 8 * A.KEY_SCALES)
-        value_scales = read_i64(args + 8 * A.VALUE_SCALES)
-        flags = read_i64(args + 8 * A.FLAGS)
-        scale = read_f64(args + 8 * A.SCALE)
-        cap = read_f64(args + 8 * A.SOFT_CAP)
-        sinks = read_i64(args + 8 * A.SINKS)
-        query_start = read_i64(args + 8 * A.QUERY_START)
-        out_factor = read_f64(args + 8 * A.OUT_FACTOR)
+        layer = read_layer(args)
+        block_size, scale, cap, flags = layer.block_size, layer.scale, layer.cap, layer.flags
+        head_size, value_head_size = layer.head_size, layer.value_head_size
+        key_scales, value_scales = layer.key_scales, layer.value_scales
 
         head_size_pad = (head_size + pad - 1) // pad * pad
         value_head_size_pad = (value_head_size + 31) // 32 * 32
@@ -99,37 +82,24 @@ def make_prefill_kernel(isa: Isa, kind: int, dot: bool) -> Any:
             write_f32(ones + 4 * r, 1.0)
         fill_zero(zeros, (value_head_size * item_bytes + 127) // 64 * 64)
 
-        item = take_item(call)
-        while item < items:
-            tile = tile_table + item * (4 * A.ITEM_WORDS)
-            sequence = read_i32(tile + 4 * A.ITEM_SEQUENCE)
-            queries = read_i32(tile + 4 * A.ITEM_QUERIES)
-            begin = read_i32(tile + 4 * A.ITEM_BEGIN)
-            end = read_i32(tile + 4 * A.ITEM_END)
-            part = read_i32(tile + 4 * A.ITEM_PART)
-            head = read_i32(tile + 4 * A.ITEM_HEAD)
-            group_first = read_i32(tile + 4 * A.ITEM_GROUP)
-            groups = read_i32(tile + 4 * A.ITEM_GROUPS)
-            counts_sink = sinks != 0 and read_i32(tile + 4 * A.ITEM_SINK) != 0
-            token = read_i32(query_start + 4 * sequence) + read_i32(tile + 4 * A.ITEM_QUERY)
-            rows = queries * groups
+        number = take_item(call)
+        while number < layer.items:
+            item = read_item(args, number)
+            sequence, begin, end, head, rows = item.sequence, item.begin, item.end, item.head, item.rows
             vectors = (rows + 15) // 16
 
             fill_zero(q_lanes, 4 * ROWS * head_size_pad)
             for r in range(rows):
-                q_at = read_i64(args + 8 * A.Q) + (token + r // groups) * read_i64(args + 8 * A.Q_TOKEN)
-                q_at += (head * group + group_first + r % groups) * read_i64(args + 8 * A.Q_HEAD)
+                q_at = query_address(args, item, head, r)
                 load_row(q_at, read_i64(args + 8 * A.Q_KIND), head_size, row)
                 for d in range(steps):
                     write_i32(q_lanes + 4 * (d * ROWS + r), read_i32(row + 4 * d))
-            highest_low, lowest_high = fill_lane_limits(args, tile, head, rows, 1, limits)
+            highest_low, lowest_high = fill_lane_limits(
+                args, item.address, head, rows, 16 * vectors, 1, 16 * vectors, limits
+            )
             for r in range(vectors * 16):
-                peak = NEG_INF
-                total = 0.0
-                if counts_sink and r < rows:
-                    peak = read_f32(sinks + 4 * (head * group + group_first + r % groups)) * LOG2E
-                    if peak > NEG_INF:
-                        total = 1.0
+                peak = first_logit(args, item, head, r)
+                total = 1.0 if peak > NEG_INF else 0.0
                 at = state + (r // 16) * S.STATE_BYTES + 4 * (r % 16)
                 write_f32(at, peak)
                 write_f32(at + 64, total)
@@ -143,29 +113,31 @@ def make_prefill_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                 while t < last:  # run by run: neighbours in a block
                     key, value, entry = locate(args, sequence, t)
                     run = last - t
-                    if read_i64(args + 8 * A.TABLE) != 0:
+                    if layer.in_blocks:
                         run = min(run, block_size - t % block_size)
-                    key += head * key_head
-                    value += head * value_head
+                    key += head * layer.key_head
+                    value += head * layer.value_head
                     at = t - first
                     if direct:
                         for d in range(0, steps, SEGMENT):
-                            product(key + 4 * d, key_token, 4, q_lanes + 4 * ROWS * d, min(SEGMENT, steps - d),
+                            product(key + 4 * d, layer.key_token, 4, q_lanes + 4 * ROWS * d, min(SEGMENT, steps - d),
                                     scores + 4 * ROWS * at, run, rows, ones if d > 0 else 0)  # fmt: skip
                     else:
                         for j in range(run):
                             if dot:
-                                load_row(key + j * key_token, 0, head_size, keys + (at + j) * 2 * head_size_pad)
+                                load_row(key + j * layer.key_token, 0, head_size, keys + (at + j) * 2 * head_size_pad)
                             else:
-                                widen_row(key + j * key_token, head_size, keys + (at + j) * 4 * head_size_pad)
+                                widen_row(key + j * layer.key_token, head_size, keys + (at + j) * 4 * head_size_pad)
                     if dot:
                         # Pairs begin at the chunk's first token, and may lie across two blocks.
                         for j in range(run):
-                            write_i64(value_rows + 8 * (at + j), value + j * value_token)
+                            write_i64(value_rows + 8 * (at + j), value + j * layer.value_token)
                     else:
                         for j in range(run):
                             widen_row(
-                                value + j * value_token, value_head_size, values + (at + j) * 4 * value_head_size_pad
+                                value + j * layer.value_token,
+                                value_head_size,
+                                values + (at + j) * 4 * value_head_size_pad,
                             )
                     if key_scales != 0:
                         entry = 4 * (entry + head * block_size)
@@ -189,7 +161,7 @@ def make_prefill_kernel(isa: Isa, kind: int, dot: bool) -> Any:
                 for v in range(vectors):
                     multiplier = scale * LOG2E
                     if special:
-                        adjust(scores + 64 * v, padded, 4 * ROWS, limits + S.LIMIT_BYTES * v, first, 1,
+                        adjust(scores + 64 * v, padded, 4 * ROWS, limits + S.LIMIT_BYTES * v, first,
                                key_factors if key_scales != 0 else 0, flags, scale, cap)  # fmt: skip
                         multiplier = 1.0
                     softmax(scores + 64 * v, padded, weights + 64 * v, state + S.STATE_BYTES * v, factors + 64 * v,
@@ -209,33 +181,10 @@ def make_prefill_kernel(isa: Isa, kind: int, dot: bool) -> Any:
 
             for r in range(rows):
                 at = state + (r // 16) * S.STATE_BYTES + 4 * (r % 16)
-                total = read_f32(at + 64)
-                lse = NEG_INF
-                factor = 0.0
-                if total != 0.0:
-                    factor = out_factor / total
-                    lse = (read_f32(at) + math.log2(total)) * LN2
                 for d in range(value_head_size):
                     write_i32(row + 4 * d, read_i32(acc + 4 * (d * ROWS + r)))
-                head_row = head * group + group_first + r % groups
-                if part < 0:
-                    out = read_i64(args + 8 * A.OUT) + (token + r // groups) * read_i64(args + 8 * A.OUT_TOKEN)
-                    store_row(row, factor, read_i64(args + 8 * A.OUT_KIND), value_head_size,
-                              out + head_row * read_i64(args + 8 * A.OUT_HEAD))  # fmt: skip
-                    lses = read_i64(args + 8 * A.LSE)
-                    if lses != 0:
-                        write_f32(lses + 4 * ((token + r // groups) * kv_heads * group + head_row), lse)
-                else:
-                    entry = (part * kv_heads + head) * read_i64(args + 8 * A.PARTIAL_ROWS) + r
-                    store_row(
-                        row,
-                        factor,
-                        0,
-                        value_head_size,
-                        read_i64(args + 8 * A.PARTIAL_OUT) + entry * 4 * value_head_size,
-                    )
-                    write_f32(read_i64(args + 8 * A.PARTIAL_LSE) + 4 * entry, lse)
-            item = take_item(call)
+                finish_row(args, item, head, r, row, read_f32(at), read_f32(at + 64))
+            number = take_item(call)
 
     return prefill
 

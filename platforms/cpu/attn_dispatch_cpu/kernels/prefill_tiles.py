@@ -45,7 +45,7 @@ def make_product(isa: Isa, dot: bool) -> Any:
                 for v in range(vectors):
                     old = b.load(sums[i][v])
                     if dot:
-                        pairs = vec(I16, 32)
+                        pairs = vec(I16, 2 * lanes)
                         new = e.dot_bf16(old, b.bitcast(spread, pairs), b.bitcast(rows[v], pairs))
                     else:
                         new = e.fma(spread, rows[v], old)

@@ -36,7 +36,7 @@ def by_kind(e: Emit, kind: Value, kinds: tuple[int, ...], emit: Callable[[int], 
 
 def make_load_row(isa: Isa, raw: bool) -> Any:
     """Build (source, kind, count, target): a row to f32, or bf16 as it is (`raw`), zeros up to a whole vector."""
-    lanes = 32 if raw else isa.lanes
+    lanes = 2 * isa.lanes if raw else isa.lanes
 
     @intrinsic  # type: ignore[untyped-decorator]
     def load_row(tc: Any, source: Any, kind: Any, count: Any, target: Any) -> Any:
@@ -85,11 +85,11 @@ def make_store_row(isa: Isa) -> Any:
                     # The source is padded to whole vectors: only the target needs the mask.
                     x = b.fmul(e.load(e.add(source, e.mul(first, 4)), vec(F32, lanes)), times)
                     at = e.add(target, e.mul(first, ITEM_BYTES[which]))
-                    kept = round_to(e, which, x)
+                    rounded = round_to(e, which, x)
                     if mask is None:
-                        e.store(kept, at)
+                        e.store(rounded, at)
                     else:
-                        e.store_masked(kept, at, mask)
+                        e.store_masked(rounded, at, mask)
 
                 in_pieces(e, count, lanes, piece)
 
@@ -104,9 +104,11 @@ def make_store_row(isa: Isa) -> Any:
 def make_collect_row(column_unit: int, dot: bool) -> Any:
     """Build (accumulator, row, units, target f32): one row of a decode tile's output, columns in their order.
 
-    The bf16 path accumulates a unit of 32 columns in the order that interleaving two rows gives: columns 8i..8i+3 of
-    each 128-bit quarter i in one vector, 8i+4..8i+7 in the other.
+    The bf16 path accumulates a unit of two vectors in the order that interleaving two rows gives: columns 8i..8i+3 in
+    the 128 bits i of the first vector, 8i+4..8i+7 in those of the second.
     """
+    lanes = column_unit // 2
+    order = [side + 4 * i + j for i in range(lanes // 4) for side in (0, lanes) for j in range(4)]
 
     @intrinsic  # type: ignore[untyped-decorator]
     def collect_row(tc: Any, accumulator: Any, row: Any, units: Any, target: Any) -> Any:
@@ -117,13 +119,9 @@ def make_collect_row(column_unit: int, dot: bool) -> Any:
             with e.loop(units) as u:
                 at, to = e.add(source, e.mul(u, 4 * column_unit * 4)), e.add(target, e.mul(u, column_unit * 4))
                 if dot:
-                    low, high = e.load(at, vec(F32, 16)), e.load(e.add(at, 64), vec(F32, 16))
-                    for half in (0, 1):
-                        quarters = (2 * half, 2 * half + 1)
-                        pattern = [
-                            x for q in quarters for side in (0, 16) for x in range(side + 4 * q, side + 4 * q + 4)
-                        ]
-                        e.store(e.shuffle(low, high, pattern), e.add(to, 64 * half))
+                    low, high = e.load(at, vec(F32, lanes)), e.load(e.add(at, 4 * lanes), vec(F32, lanes))
+                    for half in (0, lanes):
+                        e.store(e.shuffle(low, high, order[half : half + lanes]), e.add(to, 4 * half))
                 else:
                     e.store(e.load(at, vec(F32, column_unit)), to)
             return context.get_dummy_value()

@@ -29,8 +29,20 @@ PREFILL_CHUNK: Final = 64  # tokens of one step
 (P_QUERIES, P_ACC, P_SCORES, P_WEIGHTS, P_STATE, P_LIMITS, P_FACTORS, P_KEYS, P_VALUES, P_ROW, P_ZEROS,
  P_KEY_FACTORS, P_VALUE_FACTORS, P_VALUE_ROWS, P_ONES) = range(15)  # fmt: skip
 
+# AMX, both kernels.
+AMX_GROUP: Final = 16  # tokens of a tile of keys or values as they lie
+AMX_CHUNK: Final = 256  # tokens of one step
+AMX_MAX_ROWS: Final = 512  # query rows of an item of prefill
+AMX_DECODE_ROWS: Final = 8  # query rows of decode: both halves of a tile's 16
+(AMX_CONFIG, AMX_TILES, AMX_QUERIES, AMX_ACC, AMX_SCORES, AMX_WEIGHTS, AMX_VALUES, AMX_STATE, AMX_LIMITS, AMX_STARTED,
+ AMX_ROWS, AMX_KEY_GROUPS, AMX_VALUE_GROUPS, AMX_KEY_BUFFER, AMX_VALUE_BUFFER, AMX_KEY_FACTORS,
+ AMX_VALUE_FACTORS) = range(17)  # fmt: skip
+
+# Merging the parts of a context.
+MERGE_ROW: Final = 0
+
 STATE_BYTES: Final = 128  # of 16 lanes: f32[16] maxima, f32[16] sums
-LIMIT_BYTES: Final = 5 * 64  # of 16 lanes: see `addressing.fill_lane_limits`
+LIMIT_BYTES: Final = 4 * 64  # of 16 lanes: see `addressing.fill_lane_limits`
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,10 +51,12 @@ class Scratch:
 
     Attributes:
         offsets: i64[regions], each at a cache line.
+        offsets_at: their address.
         num_bytes: of all, whole pages.
     """
 
     offsets: npt.NDArray[np.int64]
+    offsets_at: int
     num_bytes: int
 
 
@@ -50,7 +64,7 @@ def lay_out(sizes: dict[int, int]) -> Scratch:
     """Return where regions lie, given the bytes of each from region 0 on."""
     ends = np.cumsum([-(-sizes[region] // LINE_BYTES) * LINE_BYTES for region in range(len(sizes))])
     offsets = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-    return Scratch(offsets, -(-int(ends[-1]) // PAGE_BYTES) * PAGE_BYTES)
+    return Scratch(offsets, offsets.ctypes.data, -(-int(ends[-1]) // PAGE_BYTES) * PAGE_BYTES)
 
 
 def decode_scratch(head_size: int, value_head_size: int, heads: int, rows: int) -> Scratch:
@@ -104,8 +118,78 @@ def prefill_scratch(head_size: int, value_head_size: int) -> Scratch:
     )
 
 
+def merge_scratch(value_head_size: int) -> Scratch:
+    """Return the scratch of the merge kernel."""
+    return lay_out({MERGE_ROW: 4 * _padded(value_head_size)})
+
+
+def amx_prefill_scratch(head_size: int, value_head_size: int, rows: int) -> Scratch:
+    """Return the scratch of the AMX prefill kernel, for items of up to `rows` query rows."""
+    head_size, value_head_size = _padded(head_size), _padded(value_head_size)
+    rows = -(-rows // 32) * 32
+    return lay_out(
+        _amx(head_size, value_head_size)
+        | {
+            AMX_QUERIES: 2 * rows * head_size,
+            AMX_ACC: 4 * rows * value_head_size,
+            AMX_SCORES: 4 * 32 * 32,
+            AMX_WEIGHTS: 2 * 32 * AMX_CHUNK,
+            AMX_VALUES: 2 * AMX_CHUNK * value_head_size,
+            AMX_STATE: rows // 16 * STATE_BYTES,
+            AMX_LIMITS: rows // 16 * LIMIT_BYTES,
+            AMX_STARTED: 8 * (rows // 32),
+        }
+    )
+
+
+def amx_decode_scratch(head_size: int, value_head_size: int) -> Scratch:
+    """Return the scratch of the AMX decode kernel."""
+    head_size, value_head_size = _padded(head_size), _padded(value_head_size)
+    return lay_out(
+        _amx(head_size, value_head_size)
+        | {
+            AMX_QUERIES: 2 * 16 * head_size,
+            AMX_ACC: 4 * 16 * value_head_size // 2,
+            AMX_SCORES: 4 * AMX_DECODE_ROWS * AMX_CHUNK,
+            AMX_WEIGHTS: 4 * 16 * AMX_CHUNK,
+            AMX_VALUES: 0,
+            AMX_STATE: STATE_BYTES,
+            AMX_LIMITS: LIMIT_BYTES,
+            AMX_STARTED: 0,
+        }
+    )
+
+
+def _amx(head_size: int, value_head_size: int) -> dict[int, int]:
+    """The regions that both AMX kernels have alike; sizes are padded."""
+    return {
+        AMX_CONFIG: LINE_BYTES,
+        AMX_TILES: 8 * 1024,  # of the emulation
+        AMX_ROWS: 4 * 16 * max(head_size, value_head_size),
+        AMX_KEY_GROUPS: 16 * AMX_CHUNK // AMX_GROUP,
+        AMX_VALUE_GROUPS: 16 * AMX_CHUNK // AMX_GROUP,
+        AMX_KEY_BUFFER: 2 * AMX_CHUNK * head_size,
+        AMX_VALUE_BUFFER: 2 * AMX_CHUNK * value_head_size,
+        AMX_KEY_FACTORS: 4 * AMX_CHUNK,
+        AMX_VALUE_FACTORS: 4 * AMX_CHUNK,
+    }
+
+
+def amx_prefill_rows(head_size: int, value_head_size: int) -> int:
+    """Return how many query rows an item of the AMX prefill has, so that they stay in the second-level cache."""
+    return min(AMX_MAX_ROWS, max(64, AMX_MAX_ROWS * 128 // max(head_size, value_head_size, 1) // 32 * 32))
+
+
 def _padded(size: int) -> int:
     return -(-size // VECTOR) * VECTOR
 
 
-__all__ = ["Scratch", "decode_scratch", "prefill_scratch"]
+__all__ = [
+    "Scratch",
+    "amx_decode_scratch",
+    "amx_prefill_rows",
+    "amx_prefill_scratch",
+    "decode_scratch",
+    "merge_scratch",
+    "prefill_scratch",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import float32, int64, void
 from numba.extending import intrinsic
 
@@ -17,57 +18,65 @@ L = 16
 ROW = vec(F32, L)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def adjust(tc: Any, scores: Any, tiles: Any, tile_bytes: Any, limits: Any, position: Any, step: Any,
-           token_scales: Any, flags: Any, scale: Any, cap: Any) -> Any:  # fmt: skip
-    """Apply what is not a plain factor, in place: scores become base-2 logits, masked ones -inf.
+def make_adjust(tokens: tuple[int, ...]) -> Any:
+    """Build what is not a plain factor, applied in place: scores become base-2 logits, masked ones -inf.
 
     Arguments of the intrinsic:
-        scores: f32[tiles][16], a tile every `tile_bytes`.
+        scores: f32[vectors][16], one every `vector_bytes`.
         limits: of the 16 lanes, see `addressing.fill_lane_limits`. Positions are integers: f32 has none beyond 2^24.
-        position: of the first tile's first token.
-        step: tokens of a tile (4 or 1); `token_scales` advances by as many.
-        token_scales: f32 per token (f32[4] spread over the lanes of a decode tile), or 0.
+        position: of the first vector's first token.
+        token_scales: f32 per token, or 0.
         flags: 1 soft-cap, 2 ALiBi.
+
+    Args:
+        tokens: of each lane, counted in its vector.
     """
+    step = max(tokens) + 1
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e, b = Emit(builder), builder
-        scores, tiles, tile_bytes, limits, position, step, token_scales, flags, scale, cap = args
-        whole = vec(I32, L)
-        low, high, query, offset = (e.load(e.add(limits, 64 * i), whole) for i in (0, 1, 3, 4))
-        slope = e.load(e.add(limits, 128), ROW)
-        minus_inf = e.const(float("-inf"), L)
-        scale = e.splat(scale, L)
-        has_cap = b.icmp_signed("!=", b.and_(flags, e.index(1)), e.index(0))
-        has_alibi = b.icmp_signed("!=", b.and_(flags, e.index(2)), e.index(0))
-        has_scales = b.icmp_signed("!=", token_scales, e.index(0))
-        is_decode = b.icmp_signed("==", step, e.index(4))
-        with e.loop(tiles) as i:
-            at = e.add(scores, b.mul(i, tile_bytes))
-            token = b.add(position, b.mul(i, step))
-            where = b.add(e.splat(b.trunc(token, I32), L), offset)
-            x = e.local(ROW, b.fmul(e.load(at, ROW), scale))
-            with b.if_then(has_scales):
-                entry = e.add(token_scales, b.mul(b.mul(i, step), e.index(4)))
-                with b.if_else(is_decode) as (then, otherwise):
-                    with then:
-                        four = e.load(entry, vec(F32, 4))
-                        b.store(b.fmul(b.load(x), e.shuffle(four, four, [0, 1, 2, 3] * 4)), x)
-                    with otherwise:
-                        b.store(b.fmul(b.load(x), e.splat(e.load(entry, F32), L)), x)
-            with b.if_then(has_cap):
-                b.store(b.fmul(e.splat(cap, L), _tanh(e, b.fdiv(b.load(x), e.splat(cap, L)))), x)
-            with b.if_then(has_alibi):
-                away = b.sitofp(b.sub(query, where), ROW)
-                away = e.maximum(away, b.fneg(away))
-                b.store(b.fsub(b.load(x), b.fmul(slope, away)), x)
-            seen = b.and_(b.icmp_signed(">=", where, low), b.icmp_signed("<", where, high))
-            logits = b.fmul(b.load(x), e.const(LOG2E, L))
-            e.store(b.select(seen, logits, minus_inf), at)
-        return context.get_dummy_value()
+    @intrinsic  # type: ignore[untyped-decorator]
+    def adjust(tc: Any, scores: Any, vectors: Any, vector_bytes: Any, limits: Any, position: Any, token_scales: Any,
+               flags: Any, scale: Any, cap: Any) -> Any:  # fmt: skip
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            e, b = Emit(builder), builder
+            scores, vectors, vector_bytes, limits, position, token_scales, flags, scale, cap = args
+            whole = vec(I32, L)
+            low, high, query = (e.load(e.add(limits, 64 * i), whole) for i in (0, 1, 3))
+            slope = e.load(e.add(limits, 128), ROW)
+            offset = ir.Constant(whole, list(tokens))
+            minus_inf = e.const(float("-inf"), L)
+            scale = e.splat(scale, L)
+            has_cap = b.icmp_signed("!=", b.and_(flags, e.index(1)), e.index(0))
+            has_alibi = b.icmp_signed("!=", b.and_(flags, e.index(2)), e.index(0))
+            has_scales = b.icmp_signed("!=", token_scales, e.index(0))
+            with e.loop(vectors) as i:
+                at = e.add(scores, b.mul(i, vector_bytes))
+                first = e.mul(i, step)
+                where = b.add(e.splat(b.trunc(b.add(position, first), I32), L), offset)
+                x = e.local(ROW, b.fmul(e.load(at, ROW), scale))
+                with b.if_then(has_scales):
+                    scales = spread_tokens(e, e.add(token_scales, e.mul(first, 4)), tokens)
+                    b.store(b.fmul(b.load(x), scales), x)
+                with b.if_then(has_cap):
+                    b.store(b.fmul(e.splat(cap, L), _tanh(e, b.fdiv(b.load(x), e.splat(cap, L)))), x)
+                with b.if_then(has_alibi):
+                    away = b.sitofp(b.sub(query, where), ROW)
+                    away = e.maximum(away, b.fneg(away))
+                    b.store(b.fsub(b.load(x), b.fmul(slope, away)), x)
+                seen = b.and_(b.icmp_signed(">=", where, low), b.icmp_signed("<", where, high))
+                logits = b.fmul(b.load(x), e.const(LOG2E, L))
+                e.store(b.select(seen, logits, minus_inf), at)
+            return context.get_dummy_value()
 
-    return void(int64, int64, int64, int64, int64, int64, int64, int64, float32, float32), codegen
+        return void(int64, int64, int64, int64, int64, int64, int64, float32, float32), codegen
+
+    return adjust
+
+
+def spread_tokens(e: Emit, address: Value, tokens: tuple[int, ...]) -> Value:
+    """Read an f32 for each token, and spread them over the lanes."""
+    step = max(tokens) + 1
+    values = e.load(address, vec(F32, step))
+    return e.shuffle(values, values, list(tokens))
 
 
 def _tanh(e: Emit, x: Value) -> Value:
@@ -151,8 +160,8 @@ def make_decode_softmax(dot: bool) -> Any:
                 else:
                     scaled_weight = e.local(ROW, weight)
                     with b.if_then(scaled):
-                        four = e.load(e.add(token_scales, e.mul(i, 16)), vec(F32, 4))
-                        b.store(b.fmul(weight, e.shuffle(four, four, [0, 1, 2, 3] * 4)), scaled_weight)
+                        times = spread_tokens(e, e.add(token_scales, e.mul(i, 16)), (0, 1, 2, 3) * 4)
+                        b.store(b.fmul(weight, times), scaled_weight)
                     e.store(b.load(scaled_weight), e.add(weights, e.mul(i, 64)))
             e.store(b.load(total), total_at)
             return context.get_dummy_value()
@@ -162,4 +171,4 @@ def make_decode_softmax(dot: bool) -> Any:
     return softmax
 
 
-__all__ = ["ROW", "L", "adjust", "make_decode_softmax", "rescale"]
+__all__ = ["ROW", "L", "make_adjust", "make_decode_softmax", "rescale", "spread_tokens"]

@@ -140,11 +140,12 @@ class Emit:
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
 
     def dot_bf16(self, acc: Value, a: Value, b: Value) -> Value:
-        """acc + the sum over bf16 pairs of a * b: f32[16] + bf16[32] . bf16[32] (VDPBF16PS)."""
-        pairs = vec(BF16, 32)
+        """acc + the sum over bf16 pairs of a * b: f32[16] + bf16[32] . bf16[32] (VDPBF16PS), or a quarter (BFDOT)."""
+        lanes = acc.type.count
+        name = {16: "llvm.x86.avx512bf16.dpbf16ps.512", 4: "llvm.aarch64.neon.bfdot.v4f32.v8bf16"}[lanes]
+        pairs = vec(BF16, 2 * lanes)
         fnty = ir.FunctionType(acc.type, [acc.type, pairs, pairs])
-        args = [acc, self.b.bitcast(a, pairs), self.b.bitcast(b, pairs)]
-        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", fnty, args)
+        return self._call(name, fnty, [acc, self.b.bitcast(a, pairs), self.b.bitcast(b, pairs)])
 
     def exp2(self, x: Value) -> Value:
         """2 ** x for x <= 0 (rounding error aside), 1e-7 relative; below -126, and for -inf, it is 0.
