@@ -41,13 +41,13 @@ class CacheManager(BlockAllocator):
 
     _prompt_tokens = _hit_tokens = _copied = _swapped = 0
 
-    def step(self, wanted: Iterable[Sequence | tuple[Sequence, int]]) -> ScheduledStep | OutOfBlocks:
+    def step(self, requests: Iterable[Sequence | tuple[Sequence, int]]) -> ScheduledStep | OutOfBlocks:
         """Give sequences room for their next tokens.
 
         A block that is not the sequence's alone is copied before it is written into (copy-on-write).
 
         Args:
-            wanted: sequences, each with the most tokens to compute (default: all that it knows). What is found in the
+            requests: sequences, each with the most tokens to compute (default: all that it knows). What is found in the
                 cache is not computed; the last known token always is, since its output is what a step is for.
 
         Returns:
@@ -58,7 +58,7 @@ class CacheManager(BlockAllocator):
             CacheError: a sequence is named twice, is swapped out, has nothing to compute, or has a step that is not
                 committed. Nothing has changed.
         """
-        limits = [item if isinstance(item, tuple) else (item, item.length) for item in wanted]
+        limits = [item if isinstance(item, tuple) else (item, item.length) for item in requests]
         sequences = [seq for seq, _ in limits]
         for seq, limit in limits:
             self._check(seq, ready=True)
@@ -198,9 +198,9 @@ class CacheManager(BlockAllocator):
         moved = dict(zip(distinct, self.host_pool.allocate(len(distinct)), strict=True))
         taken: set[int] = set()
         for seq in unique:
-            own = seq.cut_blocks(0)
-            self._move(seq, own[::-1], moved, taken, self.host_pool)
-            self.pool.release(own, copied_later=True)
+            blocks = seq.cut_blocks(0)
+            self._move(seq, blocks[::-1], moved, taken, self.host_pool)
+            self.pool.release(blocks, copied_later=True)
             seq.published, seq.node, seq.swapped = 0, None, True
         self._swapped += len(moved)
         return Swap(tuple(moved.items()))

@@ -145,17 +145,17 @@ def _pattern(mask_function: Callable[..., Any], local_size: int | None) -> MaskP
     far = 1 << 30
     size = far if local_size is None else int(local_size)
     # A query's own key, the next one, those at the window's edges, and those just beyond.
-    own, ahead, back, beyond, right, right_beyond = sees([0, 0, size, size, 0, 0], [0, 1, 1, 0, size, size + 1])
-    if own and local_size is None and back and beyond and ahead == right == right_beyond:
+    itself, ahead, back, beyond, right, right_beyond = sees([0, 0, size, size, 0, 0], [0, 1, 1, 0, size, size + 1])
+    if itself and local_size is None and back and beyond and ahead == right == right_beyond:
         return MaskPattern(causal=not ahead)
-    if own and local_size is not None and not ahead and not right:
+    if itself and local_size is not None and not ahead and not right:
         # The previous key is always in a window, and in another chunk once in `size` tokens.
         neighbours = sees(list(range(1, size + 1)), list(range(size))) if size > 1 else [True]
         if all(neighbours) and back and not beyond:
             return MaskPattern(causal=True, window=(size - 1, 0))
         if neighbours.count(False) == 1:
             return MaskPattern(causal=True, chunk=size)
-    if own and local_size is not None and ahead and right and not right_beyond and back and beyond:
+    if itself and local_size is not None and ahead and right and not right_beyond and back and beyond:
         return MaskPattern(causal=False, window=(size, size))
     return "this model's mask has a pattern that is neither causal, a window, chunks, nor none at all"
 

@@ -44,13 +44,13 @@ class PaddedBatch:
         Raises:
             CacheError: there are too few blocks. Nothing has been changed.
         """
-        wanted = [seq for seq, count in zip(self.rows, new.tolist(), strict=True) if count]
+        requests = [seq for seq, count in zip(self.rows, new.tolist(), strict=True) if count]
         for seq, count in zip(self.rows, new.tolist(), strict=True):
             self._manager.append(seq, np.zeros(count, np.int64))
         try:
-            step = schedule(self._manager, [(seq, seq.remaining) for seq in wanted], grows=self._grows)
+            step = schedule(self._manager, [(seq, seq.remaining) for seq in requests], grows=self._grows)
         except CacheError:
-            for seq in wanted:
+            for seq in requests:
                 self._manager.truncate(seq, seq.computed)
             raise
         self._manager.commit(step)
@@ -89,13 +89,13 @@ class PaddedBatch:
         self.rows = []
 
 
-def schedule(manager: CacheManager, wanted: list[tuple[Sequence, int]], *, grows: bool) -> ScheduledStep:
+def schedule(manager: CacheManager, requests: list[tuple[Sequence, int]], *, grows: bool) -> ScheduledStep:
     """Return the manager's next step, with more blocks if there are too few and it may have them.
 
     Raises:
         CacheError: it may not. Nothing has been changed.
     """
-    while isinstance(step := manager.step(wanted), OutOfBlocks):
+    while isinstance(step := manager.step(requests), OutOfBlocks):
         if not grows:
             raise CacheError(f"{step}, or give the cache more with num_blocks= (it has {manager.num_blocks})")
         manager.grow(manager.num_blocks + max(manager.num_blocks, step.needed))

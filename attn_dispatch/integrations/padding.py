@@ -29,14 +29,14 @@ class Columns:
         self.plain = 0
         self._padded = False
 
-    def take(self, mask: LayerMask, batch: int, length: int, held: I32, device: Any) -> tuple[I32, Any]:
+    def take(self, mask: LayerMask, batch: int, length: int, cached_lens: I32, device: Any) -> tuple[I32, Any]:
         """Return how many of the last `length` columns are tokens of each sequence, and which rows of the rectangle.
 
         Args:
             mask: of all columns so far.
             batch: sequences.
             length: new columns, counted in `self.length` already.
-            held: i32[batch], tokens of the earlier columns.
+            cached_lens: i32[batch], tokens of the earlier columns.
             device: of the rows.
 
         Returns:
@@ -57,11 +57,11 @@ class Columns:
                 f"are new: it has to be ({batch}, {self.length})"
             )
         recent, earlier = padding[:, -length:], padding[:, :-length].sum(1)
-        if (earlier != held).any():
-            s = int(np.argmax(earlier != held))
+        if (earlier != cached_lens).any():
+            s = int(np.argmax(earlier != cached_lens))
             raise CacheError(
                 f"sequence {s}: attention_mask keeps {int(earlier[s])} of the earlier columns, the cache has "
-                f"{int(held[s])}: what is in a cache cannot be masked afterwards"
+                f"{int(cached_lens[s])}: what is in a cache cannot be masked afterwards"
             )
         ends_early = padding.any(1) & ~padding[:, -1]
         if ends_early.any():

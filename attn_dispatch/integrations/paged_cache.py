@@ -114,20 +114,20 @@ class PagedCache(Cache):  # type: ignore[misc]
         """Tokens of each sequence of a padded batch, i32[batch]."""
         return self.state.padded.lens
 
-    def next_step(self, wanted: Iterable[tuple[Sequence, int]]) -> ScheduledStep:
+    def next_step(self, requests: Iterable[tuple[Sequence, int]]) -> ScheduledStep:
         """Announce a packed step: the model is called next with the step's tokens in one row, [1, T].
 
         Its keys and values are then in the cache: `manager.commit(step)`.
 
         Args:
-            wanted: sequences of the manager, each with the most tokens to compute.
+            requests: sequences of the manager, each with the most tokens to compute.
 
         Raises:
             CacheError: too few free blocks, or the cache is in use by padded batches. Nothing has been changed.
         """
         if self.length:
             raise CacheError("this cache holds a padded batch; reset() it before packed steps")
-        step = schedule(self.manager, list(wanted), grows=self.grows)
+        step = schedule(self.manager, list(requests), grows=self.grows)
         self.state.packed = True
         self.state.start(PagedStep(1, step.num_tokens, step))
         return step

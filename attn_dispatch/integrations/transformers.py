@@ -71,8 +71,8 @@ def attach(model: Any, **cache_options: Any) -> Any:
 
     @functools.wraps(generate)
     def generate_paged(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.keys() & {"cache", "past_key_values", "cache_implementation"}
-        if not given and kwargs.get("use_cache") is not False and model.config._attn_implementation == NAME:
+        chosen = kwargs.keys() & {"cache", "past_key_values", "cache_implementation"}
+        if not chosen and kwargs.get("use_cache") is not False and model.config._attn_implementation == NAME:
             cache = PagedCache(model, **cache_options)
             encoder_decoder = model.config.is_encoder_decoder
             kwargs[argument] = EncoderDecoderCache(cache, DynamicCache()) if encoder_decoder else cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ transformers = pytest.importorskip("transformers", reason="not run: needs transf
 
 import attn_dispatch as ad  # noqa: E402
 from attn_dispatch.errors import CacheError, GradientError, ModelError  # noqa: E402
-from attn_dispatch.integrations.transformers import NAME, PagedCache, register  # noqa: E402
+from attn_dispatch.integrations.transformers import NAME, PagedCache, attach, register  # noqa: E402
 
 register()
 
@@ -300,3 +301,46 @@ def test_one_layer_alone_cannot_be_reordered(make_model: Make) -> None:
     cache = PagedCache(make_model("llama", NAME))
     with pytest.raises(CacheError, match="share their block tables"):
         cache.layers[0].reorder_cache(torch.tensor([0]))
+
+
+# Without a ritual.
+
+
+def test_an_attached_model_makes_its_own_cache(make_model: Make, backend: str) -> None:
+    model = make_model("gemma3")
+    inputs = batch(model)
+    expected = answers(model, inputs)
+    assert attach(model, backend=backend, block_size=4) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(answers(model, inputs), expected)
+        assert torch.equal(answers(model, inputs), expected)  # another call, another cache
+    own = PagedCache(model, backend=backend)
+    assert torch.equal(answers(model, inputs, past_key_values=own), expected)
+    assert own.length == inputs["input_ids"].shape[1] + 11  # a cache that is given is used
+    model.set_attn_implementation("eager")
+    assert torch.equal(answers(model, inputs), expected)
+
+
+def test_attach_refuses_before_the_first_call(make_model: Make) -> None:
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ModelError, match="BloomForCausalLM does not call its attention through"):
+        attach(transformers.BloomForCausalLM(config))
+    config = transformers.Llama4TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, attention_chunk_size=5,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="chunked_attention"):
+        attach(transformers.AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_compiled_models_break_the_graph_at_each_attention(make_model: Make, kind: str) -> None:
+    model = make_model(kind)
+    ids, more = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13]]), torch.tensor([[14]])
+    expected = model(torch.cat([ids, more], 1), use_cache=False).logits[:, -1]
+    model.set_attn_implementation(NAME)
+    cache = PagedCache(model, backend="reference", block_size=4)
+    compiled = torch.compile(model, backend="eager")
+    compiled(ids, past_key_values=cache)
+    torch.testing.assert_close(compiled(more, past_key_values=cache).logits[:, -1], expected, atol=1e-3, rtol=1e-4)

@@ -31,9 +31,9 @@ def require(*modules: str) -> None:
     """
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        wanted = " ".join(f"'{_REQUIREMENTS[name]}'" for name in missing)
+        requirements = " ".join(f"'{_REQUIREMENTS[name]}'" for name in missing)
         raise MissingPackageError(
-            f"this needs {', '.join(missing)}, not installed here. Install with: python -m pip install {wanted}"
+            f"this needs {', '.join(missing)}, not installed here. Install with: python -m pip install {requirements}"
         )
 
 
