@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, EncoderDecoderCache
 
-from attn_dispatch.errors import GradientError, ModelError
+from attn_dispatch.contract.gradient import without_gradient
+from attn_dispatch.errors import ModelError
 from attn_dispatch.integrations.cacheless import attend_cacheless
 from attn_dispatch.integrations.layer_spec import LayerCall
 from attn_dispatch.integrations.masks import mask_of, padding_mask
@@ -128,9 +129,8 @@ def attention_forward(
         return (attend_cacheless(call, mask) if update is None else update.layer.attend(update, call, mask)), None
     with torch.no_grad():
         out = attend_cacheless(call, mask) if update is None else update.layer.attend(update, call, mask)
-    if query.requires_grad or key.requires_grad or value.requires_grad or getattr(s_aux, "requires_grad", False):
-        out = _NoBackward.apply(out, query, key, value, s_aux)
-    return out, None
+    inputs = [tensor for tensor in (query, key, value, s_aux) if tensor is not None and tensor.requires_grad]
+    return (without_gradient(out, inputs) if inputs else out), None
 
 
 def _check_arguments(module: Any, dropout: float, arguments: dict[str, Any]) -> None:
@@ -148,17 +148,3 @@ def _check_arguments(module: Any, dropout: float, arguments: dict[str, Any]) -> 
             f"{name} gives its attention {', '.join(unknown)}, which may change what it sees (packed sequences, sparse "
             f"attention, a bias): {NAME} has no form for it"
         )
-
-
-class _NoBackward(torch.autograd.Function):  # type: ignore[misc]
-    """The identity, with a backward that says that there is none: gradients must not vanish in silence."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Any, *inputs: Any) -> Any:
-        """Return the output as it is."""
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Refuse."""
-        raise GradientError(f"{NAME} has no gradients: train with attn_implementation='sdpa'")

@@ -79,32 +79,36 @@ def no_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
+    """`tiny_model`, where torch and transformers are installed."""
+    pytest.importorskip("torch", reason="not run: needs torch")
+    pytest.importorskip("transformers", reason="not run: needs transformers")
+    return tiny_model
+
+
+def tiny_model(kind: str = "llama", implementation: str = "eager", **changes: Any) -> Any:
     """A model with random weights, on its own kernels ("eager" is the only one that does soft-caps and sinks)."""
-    torch = pytest.importorskip("torch", reason="not run: needs torch")
-    transformers = pytest.importorskip("transformers", reason="not run: needs transformers")
+    import torch
+    import transformers
 
-    def make(kind: str = "llama", implementation: str = "eager", **changes: Any) -> Any:
-        name, own = CONFIGS[kind]
-        sizes = {
-            "vocab_size": 97,
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 512,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": None,
-        }
-        config = getattr(transformers, name)(**{**sizes, **own, **changes})
-        config._attn_implementation = implementation
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).eval()
-        for parameter in model.parameters():
-            # Large enough that the layers matter: at the usual 0.02 a wrong mask would go unnoticed.
-            torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 1.0)
-        return model
-
-    return make
+    name, own = CONFIGS[kind]
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    config = getattr(transformers, name)(**{**sizes, **own, **changes})
+    config._attn_implementation = implementation
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        # Large enough that the layers matter: at the usual 0.02 a wrong mask would go unnoticed.
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 1.0)
+    return model

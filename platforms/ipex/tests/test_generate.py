@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 
 import attn_dispatch as ad
+from tests.integrations.tiny_models import tiny_model
 
 NAME = "ipex/paged-cpu"
 
@@ -21,43 +21,12 @@ if not available:
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", reason="not run: needs transformers")
 
-SLIDING = ["sliding_attention", "full_attention"]
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "gemma2": ("Gemma2Config", {"sliding_window": 7, "attn_logit_softcapping": 5.0}),  # windows with a soft-cap
-    "gemma3": ("Gemma3TextConfig", {"sliding_window": 7, "layer_types": SLIDING}),
-}
+MODELS = ("llama", "gemma2", "gemma3")  # grouped heads, windows, soft-caps
 PROMPTS = [[(3 + i * 7) % 96 + 1 for i in range(n)] for n in (4, 40, 9, 1)]
 
 
-def model(kind: str, implementation: str) -> Any:
-    """A small model with random weights, the same for each implementation."""
-    name, own = MODELS[kind]
-    sizes = {
-        "vocab_size": 97,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    config = getattr(transformers, name)(**{**sizes, **own})
-    config._attn_implementation = implementation
-    torch.manual_seed(0)
-    made = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in made.parameters():
-        # Large enough that the layers matter: at the usual 0.02 a wrong mask would go unnoticed.
-        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 1.0)
-    return made
-
-
 @pytest.mark.parametrize("block_size", [4, 48])
-@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("kind", MODELS)
 def test_the_tokens_of_the_models_own_kernels(kind: str, block_size: int) -> None:
     from attn_dispatch.integrations.transformers import NAME as PAGED
     from attn_dispatch.integrations.transformers import register
@@ -65,12 +34,12 @@ def test_the_tokens_of_the_models_own_kernels(kind: str, block_size: int) -> Non
 
     register()
     with torch.inference_mode():
-        own = model(kind, "eager")
+        own = tiny_model(kind, "eager")
         expected = [
             own.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
             for prompt in PROMPTS
         ]
-        run = Engine(model(kind, PAGED), backend=NAME, block_size=block_size).generate(PROMPTS, 12)
+        run = Engine(tiny_model(kind, PAGED), backend=NAME, block_size=block_size).generate(PROMPTS, 12)
     assert [completion.tokens for completion in run.completions] == expected
 
 
