@@ -1,14 +1,26 @@
-"""`ipex/paged-cpu`: IPEX's paged ops on the CPU. What it accepts and refuses; the vendor is imported by `cpu_ops`."""
+"""`ipex/paged-cpu`: IPEX's paged ops on the CPU, what they accept and what is refused. Imports no vendor."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from attn_dispatch.backend import Availability, Backend, Call, Capabilities, Plan, Refusal, Verdict
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
-from attn_dispatch_ipex import availability
-from attn_dispatch_ipex.steps import PARTITION_TOKENS, route
+import attn_dispatch
+from attn_dispatch.adapters.torch.backend import VendorBackend
+from attn_dispatch.backend import Availability, Capabilities, Refusal, Verdict
+from attn_dispatch.contract import AttentionSpec
+from attn_dispatch.errors import CacheError
+
+from .availability import ipex_on_cpu
+from .paged_cpu_batch import PARTITION_TOKENS, usable_ops
+
+if TYPE_CHECKING:
+    import torch
+
+    from attn_dispatch.adapters.torch.layer_pass import DeviceCall
+    from attn_dispatch.adapters.torch.plan import DevicePlan
+
+    from .paged_cpu_call import PagedCpuBatch
 
 __all__ = ["PagedCpuBackend"]
 
@@ -19,7 +31,7 @@ SMALLEST_SCALE = 2.0**-126
 """The least normal float32."""
 
 
-class PagedCpuBackend(Backend):
+class PagedCpuBackend(VendorBackend):
     """Attention by `ipex.llm.modules.PagedAttention` over a cache in HND order.
 
     Per-tensor scales of an fp8 cache are ignored by the ops and applied here: the keys' belongs to the scores, as the
@@ -27,6 +39,7 @@ class PagedCpuBackend(Backend):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(libraries=("torch",), nan_safe=True)
+    device_type: ClassVar[str] = "cpu"
 
     def probe(self) -> Availability:
         """Versions of torch and IPEX that belong together, on a CPU with AVX2."""
@@ -34,86 +47,83 @@ class PagedCpuBackend(Backend):
 
     @cached_property
     def _availability(self) -> Availability:
-        import attn_dispatch  # the door: it may be what is importing this module
-
-        return availability.ipex_on_cpu(attn_dispatch.platform.facts)
+        return ipex_on_cpu(attn_dispatch.platform.facts)
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
         """Refuse what the ops lack, what they compute wrongly in silence, and what crashes them."""
-        no: list[Refusal] = []
+        refusals: list[Refusal] = []
         if spec.dtype not in DTYPES:
-            no.append(Refusal("dtype", spec.dtype, f"IPEX computes in {', '.join(DTYPES)}", "Ask for float32"))
+            refusals.append(Refusal("dtype", spec.dtype, f"IPEX computes in {', '.join(DTYPES)}", "Ask for float32"))
         if spec.kv_cache_dtype != spec.dtype and (spec.kv_cache_dtype != E5M2 or spec.dtype == "float16"):
             accepts = "IPEX stores the layer's own type, or float8_e5m2 under float32 and bfloat16"
-            no.append(Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, f"Ask for {spec.dtype}"))
+            refusals.append(Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, f"Ask for {spec.dtype}"))
         if spec.kv_cache_dtype == E5M2 and spec.head_size < SMALLEST_FP8_HEAD:
             accepts = f"IPEX reads fp8 heads of fewer than {SMALLEST_FP8_HEAD} elements beyond their end, and crashes"
-            no.append(Refusal("head_size, kv_cache_dtype", (spec.head_size, E5M2), accepts, f"Store {spec.dtype}"))
+            refusals.append(
+                Refusal("head_size, kv_cache_dtype", (spec.head_size, E5M2), accepts, f"Store {spec.dtype}")
+            )
         if spec.value_head_size != spec.head_size:
             accepts = f"IPEX takes values to be as wide as keys, {spec.head_size}"
-            no.append(Refusal("value_head_size", spec.value_head_size, accepts))
+            refusals.append(Refusal("value_head_size", spec.value_head_size, accepts))
         if spec.sinks:
-            no.append(Refusal("sinks", True, "IPEX's softmax has no sink", "Use cpu/numba or torch/sdpa"))
+            refusals.append(Refusal("sinks", True, "IPEX's softmax has no sink", "Use cpu/numba or torch/sdpa"))
         if spec.returns_lse:
-            no.append(Refusal("returns_lse", True, "IPEX's ops return no LSE", "Use cpu/numba or torch/sdpa"))
+            refusals.append(Refusal("returns_lse", True, "IPEX's ops do not return LSE", "Use cpu/numba or torch/sdpa"))
         if spec.scale < SMALLEST_SCALE:
             accepts = "IPEX scales what it has masked, and minus infinity times this is not minus infinity"
-            no.append(Refusal("scale", spec.scale, accepts, "Scale the queries instead"))
-        ops = route(spec, spec.block_size, spec.kv_cache_dtype)
-        if not ops.varlen:
-            no += self._without_varlen(spec, ops.one_token)
-        if no:
-            return self.refuse(*no)
-        if not ops.one_token:
+            refusals.append(Refusal("scale", spec.scale, accepts, "Scale the queries instead"))
+        ops = usable_ops(spec, spec.block_size, spec.kv_cache_dtype)
+        if not ops.prefill:
+            refusals += _without_prefill(spec, ops.decode)
+        if refusals:
+            return self.refuse(*refusals)
+        if not ops.decode:
             return self.accept("decodes run through the prefill op, which is slower at them")
-        if not ops.varlen:
+        if not ops.prefill:
             return self.accept("prompts run token by token through the decode op")
         return self.accept()
 
-    def _without_varlen(self, spec: AttentionSpec, one_token: bool) -> list[Refusal]:
-        """Refusals of a layer that the prefill op gets wrong: every token must be one that the decode op gets right."""
-        field, value, lack = (
-            ("alibi", True, "IPEX's prefill op has no ALiBi")
-            if spec.alibi
-            else ("window", spec.window, "IPEX's prefill op takes a window of nothing to the left for none at all")
-        )
-        if not spec.causal:
-            return [Refusal(field, value, f"{lack}, and its decode op, which would do for each token, is causal")]
-        if one_token:
-            return []
-        if PARTITION_TOKENS % spec.block_size:
-            accepts = f"{lack}, and its decode op needs a block size that divides {PARTITION_TOKENS}"
-            return [Refusal(f"{field}, block_size", (value, spec.block_size), accepts, "Ask for block_size=32")]
-        if spec.logits_soft_cap is not None:
-            accepts = f"{lack}, and its decode op has no soft-cap within a window"
-            return [Refusal(f"{field}, logits_soft_cap, window", (value, spec.logits_soft_cap, spec.window), accepts)]
-        accepts = f"{lack}, and its decode op reads no {spec.kv_cache_dtype} under {spec.dtype}"
-        return [Refusal(f"{field}, kv_cache_dtype", (value, spec.kv_cache_dtype), accepts, "Use bfloat16")]
+    def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> torch.Tensor:
+        """Return a zeroed tensor in host memory."""
+        if device is not None and device != "cpu":
+            raise CacheError(f"device={device!r}: {self.name} computes on the CPU, and so do its caches")
+        return super().zeros(shape, dtype, "cpu")
 
-    def zeros(self, shape: tuple[int, ...], dtype: str, device: str | None) -> Array:
-        """Return a zeroed torch tensor on the CPU."""
-        return self._ops.zeros(shape, dtype, device)
-
-    def indexable_view(self, array: Array) -> Array:
-        """Return fp8 as its bytes: torch does not index fp8."""
-        return self._ops.indexable_view(array)
-
-    def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> Plan:
+    def device_batch(self, plan: DevicePlan, device: torch.device, *, paged: bool) -> PagedCpuBatch:
         """Cut the batch up for the two ops, and filter the slots that are not written."""
-        plan: Plan = self._ops.CpuPlan(spec=spec, view=metadata.view(spec.kind))
-        return plan
+        from .paged_cpu_call import PagedCpuBatch
 
-    def run(self, call: Call) -> Array | tuple[Array, Array]:
-        """Write the new keys and values, then attend; see `cpu_ops`."""
-        plan, q, k, v = call.plan, call.q, call.k, call.v
-        cache, layer, out = call.cache, call.layer, call.out
-        return self._ops.run(plan, q, k, v, cache, layer, out)
+        return PagedCpuBatch(plan.spec, plan.view, device, paged=paged)
 
-    @cached_property
-    def _ops(self) -> Any:
-        from attn_dispatch_ipex import vendor
+    def write(self, call: DeviceCall) -> None:
+        """Store the new keys and values."""
+        from .paged_cpu_call import write
 
-        vendor.load("intel_extension_for_pytorch", availability.INSTALL_CPU)
-        from attn_dispatch_ipex import cpu_ops
+        write(call)
 
-        return cpu_ops
+    def attend(self, call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend, decodes and prefills each by their op."""
+        from .paged_cpu_call import attend
+
+        return attend(call), None
+
+
+def _without_prefill(spec: AttentionSpec, decode: bool) -> list[Refusal]:
+    """Refusals of a layer that the prefill op gets wrong: every token must be one that the decode op gets right."""
+    field, value, lack = (
+        ("alibi", True, "IPEX's prefill op has no ALiBi")
+        if spec.alibi
+        else ("window", spec.window, "IPEX's prefill op treats window[0]=0 as no window")
+    )
+    if not spec.causal:
+        return [Refusal(field, value, f"{lack}, and its decode op, which would do for each token, is causal")]
+    if decode:
+        return []
+    if PARTITION_TOKENS % spec.block_size:
+        accepts = f"{lack}, and its decode op needs a block size that divides {PARTITION_TOKENS}"
+        return [Refusal(f"{field}, block_size", (value, spec.block_size), accepts, "Ask for block_size=32")]
+    if spec.logits_soft_cap is not None:
+        accepts = f"{lack}, and its decode op has no soft-cap within a window"
+        return [Refusal(f"{field}, logits_soft_cap, window", (value, spec.logits_soft_cap, spec.window), accepts)]
+    accepts = f"{lack}, and its decode op reads no {spec.kv_cache_dtype} under {spec.dtype}"
+    return [Refusal(f"{field}, kv_cache_dtype", (value, spec.kv_cache_dtype), accepts, "Use bfloat16")]

@@ -17,8 +17,8 @@ FACTS = {"system": "linux", "machine": "x86_64", "isa": ("avx2", "avx512f")}
 GPU = ["Intel GPU (8086:e20b)"]
 
 
-def have(**versions: str) -> Callable[[str], str | None]:
-    return lambda name: versions.get(name.replace("-", "_"))
+def have(**versions: str) -> Callable[[str], str]:
+    return lambda name: versions.get(name.replace("-", "_"), "")
 
 
 @pytest.mark.parametrize(

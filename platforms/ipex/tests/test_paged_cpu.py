@@ -58,9 +58,9 @@ def test_many_sequences_that_share_their_first_block() -> None:
 
 @pytest.fixture
 def ops() -> Any:
-    from attn_dispatch_ipex import cpu_ops
+    from attn_dispatch_ipex import paged_cpu_call
 
-    return cpu_ops
+    return paged_cpu_call
 
 
 def test_the_variable_is_what_keeps_that_kernel_away(ops: Any) -> None:
@@ -249,13 +249,13 @@ def test_a_cache_of_another_backend_with_the_same_layout() -> None:
         ({"head_size": 16, "kv_cache_dtype": "float8_e5m2"}, "head_size, kv_cache_dtype", "crashes"),
         ({"value_head_size": 32}, "value_head_size", "as wide as keys, 64"),
         ({"sinks": True}, "sinks", "no sink"),
-        ({"returns_lse": True}, "returns_lse", "no LSE"),
+        ({"returns_lse": True}, "returns_lse", "not return LSE"),
         ({"scale": 0.0}, "scale", "masked"),
         ({"scale": -0.5}, "scale", "masked"),
         ({"alibi": True, "causal": False}, "alibi", "causal"),
         ({"alibi": True, "block_size": 48}, "alibi, block_size", "divides 128"),
         ({"alibi": True, "window": (8, 0), "logits_soft_cap": 2.0}, "alibi, logits_soft_cap, window", "soft-cap"),
-        ({"window": (0, 3), "causal": False}, "window", "nothing to the left"),
+        ({"window": (0, 3), "causal": False}, "window", r"treats window\[0\]=0 as no window"),
         ({"window": (0, 0), "block_size": 256}, "window, block_size", "divides 128"),
         ({"alibi": True, "kv_cache_dtype": "float8_e5m2"}, "alibi, kv_cache_dtype", "bfloat16"),
     ],
