@@ -92,8 +92,8 @@ class Judge:
         self.backend = backend
         self.problem = problem
         self.outcome = outcome
-        # Scores that are shifted far lose digits in float32 whoever adds them up.
-        share = max(1.0, abs(problem.case.shift) / 10)
+        # Large scores lose digits in float32 whoever adds them up, in whatever order.
+        share = max(1.0, abs(problem.case.shift) / 10, problem.case.magnitude / 4)
         self._floors = share * OUTPUT_FLOOR[problem.spec.dtype], share * LSE_FLOOR[problem.spec.dtype]
         # What each sequence's (output, LSE) may be off by: from the right reading.
         self._granted: dict[int, tuple[float, ...]] = {}
@@ -221,7 +221,9 @@ class Judge:
         )
 
     def _likenesses(self, reading: Reading) -> list[str]:
-        """Return the mistakes that give the very outcome."""
+        """Return the mistakes that give the very outcome (none, if it is nearly right: they would all be small)."""
+        if self.fits(reading):
+            return []
         names = []
         for mutation in MUTATIONS:
             try:
