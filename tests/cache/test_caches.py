@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -111,3 +116,14 @@ def test_a_request_that_is_not_admitted_has_no_blocks() -> None:
     assert manager.try_admit(second, 5)
     assert (second.num_blocks, second.computed) == (2, 4)
     assert isinstance(manager.step([manager.begin([9] * 5)]), OutOfBlocks)
+
+
+def test_the_example_of_an_engine() -> None:
+    """Runs as printed; two of the three prompts find the first one's 32 tokens."""
+    script = Path(__file__).parents[2] / "examples" / "engine.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        capture_output=True, text=True, check=False, env={**os.environ, "ATTN_DISPATCH_BACKEND": "reference"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "hit_tokens=64" in done.stdout
