@@ -27,6 +27,7 @@ from attn_dispatch.contract.arrays import as_library, empty_like, library_of
 from attn_dispatch.contract.dtypes import dtype_name
 from attn_dispatch.contract.gradient import without_gradient
 from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, MetadataError, PlanError, SpecError
+from attn_dispatch.observe import log_plan, run_observer
 
 __all__ = ["Attention", "attention"]
 
@@ -138,6 +139,7 @@ class Attention:
             self._check_positions(view)
         plan = self.backend.plan(spec, metadata)
         plan.backend = self.backend.name
+        log_plan(plan.backend, plan)
         return plan
 
     def _check_positions(self, view: BatchView) -> None:
@@ -272,14 +274,22 @@ class Attention:
             if q.requires_grad or (k is not None and (k.requires_grad or v.requires_grad)):  # type: ignore[union-attr]
                 return self._run_detached(call)
         if library in self._libraries:
-            return self.backend.run(call)
+            return self._execute(call)
         return self._run_exchanged(call, library)
+
+    def _execute(self, call: Call) -> Any:
+        """Run, in a profiler's range and counted where somebody looks."""
+        observer = run_observer()
+        if observer is None:
+            return self.backend.run(call)
+        with observer(self.backend.name, call.plan):
+            return self.backend.run(call)
 
     def _run_detached(self, call: Call) -> Any:
         """Run on tensors that are part of a graph: on their values, and whoever asks for a gradient is told."""
         inputs = (call.q, call.k, call.v)
         call.q, call.k, call.v = (None if x is None else x.detach() for x in inputs)
-        result = self.backend.run(call) if "torch" in self._libraries else self._run_exchanged(call, "torch")
+        result = self._execute(call) if "torch" in self._libraries else self._run_exchanged(call, "torch")
         return without_gradient(result, inputs)
 
     def _check_plan(self, plan: Plan) -> None:
@@ -298,7 +308,7 @@ class Attention:
             array = getattr(call, name)
             if array is not None:
                 setattr(call, name, as_library(array, target))
-        result = self.backend.run(call)
+        result = self._execute(call)
         if call.return_lse:
             return (as_library(result[0], library) if out is None else out), as_library(result[1], library)
         return as_library(result, library) if out is None else out

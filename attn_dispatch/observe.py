@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch.contract.dtypes import itemsize
 
-__all__ = ["LOGGER", "PhaseCounters", "compiling", "configure", "phase_of", "run_observer", "stats"]
+__all__ = ["LOGGER", "PhaseCounters", "compiling", "configure", "log_plan", "phase_of", "run_observer", "stats"]
 
 LOGGER = logging.getLogger("attn_dispatch")
 LOGGER.addHandler(logging.NullHandler())
@@ -162,6 +162,16 @@ def phase_of(plan: _Plan) -> str:
     if view.max_query_len <= 1:
         return "decode"
     return "mixed" if (view.query_lens == 1).any() else "prefill"
+
+
+def log_plan(backend: str, plan: _Plan) -> None:
+    """Write a plan to the log, where somebody reads that much."""
+    if LOGGER.isEnabledFor(logging.DEBUG):
+        view = plan.view
+        LOGGER.debug(
+            "%s planned a %s step: %d sequences, %d tokens, longest query %d, longest context %d",
+            backend, phase_of(plan), len(view.kv_lens), plan.num_tokens, view.max_query_len, view.max_kv_len,
+        )  # fmt: skip
 
 
 def _moved_bytes(plan: _Plan) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import attn_dispatch as ad
@@ -53,6 +54,20 @@ def test_runs_are_counted_by_backend_and_phase() -> None:
     assert decode["seconds"] > 0
     assert counted["compile_seconds"] > 0
     assert json.dumps(ad.stats())
+
+
+def test_a_layers_runs_are_counted() -> None:
+    attn = ad.attention(SPEC, "reference")
+    plan, cache = plan_of([3, 2], [3, 2]), attn.allocate(4)
+    q, k = np.zeros((5, 4, 8), np.float32), np.zeros((5, 2, 8), np.float32)
+    ad.stats(enable=True)
+    try:
+        attn.run(plan, q, k, k, cache)
+        assert ad.stats()["reference"]["phases"]["prefill"]["calls"] == 1
+    finally:
+        ad.stats(enable=False)
+    attn.run(plan, q, k, k, cache)
+    assert ad.stats()["reference"]["phases"]["prefill"]["calls"] == 1
 
 
 def test_nothing_is_wrapped_when_nobody_looks() -> None:
@@ -112,6 +127,15 @@ def test_the_log_goes_to_a_file(tmp_path: Path) -> None:
     assert "reference runs" in file.read_text()
     closed = python(CHOICE.format(", 'reference'"), ATTN_DISPATCH_LOG=str(tmp_path / "no" / "such" / "folder"))
     assert "No such file" in closed.stderr
+
+
+def test_plans_are_logged_for_those_who_debug(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "attn_dispatch"):
+        plan_of([1, 5], [40, 7])
+    assert "planned" not in caplog.text
+    with caplog.at_level(logging.DEBUG, "attn_dispatch"):
+        plan_of([1, 5], [40, 7])
+    assert "reference planned a mixed step: 2 sequences, 6 tokens, longest query 5, longest context 40" in caplog.text
 
 
 def test_a_fallback_is_a_warning_in_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
