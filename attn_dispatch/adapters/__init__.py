@@ -1,6 +1,7 @@
 """For authors of backends: what adapters to vendors' kernels have in common. Public, versioned (docs/adapters.md).
 
 environment   threads, the cache folder, versions and folders of installed packages (imports no vendor)
+joint_pages   a layout: keys and values side by side, padded
 batch         a batch without what kernels cannot be given, page lists, slots, fixed shapes (NumPy)
 torch         for vendors whose arrays are torch's: the base backend, device batches, layer tensors, writing
 

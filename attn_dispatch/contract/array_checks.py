@@ -11,6 +11,9 @@ from attn_dispatch.errors import ArrayError
 
 __all__ = ["check_out", "check_plain"]
 
+_NO_ADDRESSES = ("meta", "xla")
+"""Devices of torch whose tensors have no memory of their own that could be compared."""
+
 
 def check_plain(name: str, array: Array) -> None:
     """Refuse a torch view whose memory holds other numbers than it shows.
@@ -66,7 +69,7 @@ def _overlaps_itself(sizes: Sequence[int], strides: Sequence[int]) -> bool:
 def _share_memory(a: Array, b: Array, library: str) -> bool:
     if library == "numpy":
         return np.may_share_memory(a, b) and np.shares_memory(a, b, max_work=-1)
-    if a.device != b.device or a.device.type == "meta" or not a.numel() or not b.numel():
+    if a.device != b.device or a.device.type in _NO_ADDRESSES or not a.numel() or not b.numel():
         return False
     if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
         return False

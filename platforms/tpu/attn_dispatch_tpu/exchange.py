@@ -1,23 +1,54 @@
-"""Arrays of the user's library, to JAX and back: DLPack where they are on one device, without a copy where it can be.
+"""Devices by name, and arrays of the user's library to JAX and back. Imports JAX.
 
-Imports JAX. NumPy's and torch's arrays on the CPU are handed over when the simulator runs; to a TPU they are moved.
+NumPy's and torch's arrays on the CPU are exchanged by DLPack, without a copy, when the simulator runs; to a TPU they
+are moved.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import attn_dispatch as ad
 from attn_dispatch.contract.arrays import as_library, device_of, library_of
-from attn_dispatch.errors import ArrayError
+from attn_dispatch.errors import ArrayError, CacheError, MissingPackageError
 
-__all__ = ["check_out", "is_traced", "to_jax", "to_library", "with_rows"]
+__all__ = ["check_out", "device_named", "first_rows", "is_traced", "name_of", "to_jax", "to_library", "with_rows"]
 
 Array = Any
+
+
+def device_named(name: str | None, simulated: bool) -> Any:
+    """Return a device of JAX ("tpu:0", "cpu"); None: the one that kernels run on.
+
+    Raises:
+        MissingPackageError: this machine's TPU is not JAX's.
+        CacheError: JAX has no such device.
+    """
+    if name is None and simulated:
+        return jax.devices("cpu")[0]
+    if name is None:
+        if jax.default_backend() != "tpu":
+            raise MissingPackageError(
+                f"this machine has a TPU ({ad.platform.description}), but JAX runs on {jax.default_backend()}: its "
+                "libtpu is missing or another process holds the TPU. pip install 'jax[tpu]'"
+            )
+        return jax.devices()[0]
+    kind, _, index = name.partition(":")
+    try:
+        return jax.devices(kind)[int(index or 0)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        devices = ", ".join(f"{d.platform}:{d.id}" for d in jax.devices())
+        raise CacheError(f"device={name!r}: JAX has {devices} ({error})") from error
+
+
+def name_of(array: Array) -> str:
+    """Return the name of the device that an array lies on."""
+    device = next(iter(array.devices()))
+    return "cpu" if device.platform == "cpu" else f"{device.platform}:{device.id}"
 
 
 def check_out(out: Array | None) -> None:
@@ -46,13 +77,11 @@ def to_jax(name: str, array: Array) -> jax.Array:
         return array
     if library == "torch" and device_of(array) != "cpu":
         raise ArrayError(
-            f"{name} is a torch tensor on {array.device}; this cache's pages are JAX's. Allocate the cache with "
-            f"device='torch:{array.device.type}', or move the tensor to the CPU"
+            f"{name} is a torch tensor on {array.device}; this cache's pages are JAX's: move it to the CPU, or give a "
+            "JAX array"
         )
     moved = as_library(array, "jax")
-    if jax.default_backend() == "tpu":
-        moved = jax.device_put(moved, jax.devices()[0])
-    return moved
+    return jax.device_put(moved, jax.devices()[0]) if jax.default_backend() == "tpu" else moved
 
 
 def with_rows(array: Array, rows: int) -> Array:
@@ -60,11 +89,20 @@ def with_rows(array: Array, rows: int) -> Array:
     missing = rows - array.shape[0]
     if not missing:
         return array
-    if library_of(array) == "numpy":
-        return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
-    if library_of(array) == "torch":
-        return sys.modules["torch"].nn.functional.pad(array, (0, 0, 0, 0, 0, missing))
-    return jnp.pad(array, ((0, missing), (0, 0), (0, 0)))
+    padding = ((0, missing), (0, 0), (0, 0))
+    # On a CPU a copy costs less than compiling one for each number of rows.
+    return jnp.asarray(np.pad(np.asarray(array), padding)) if _on_host(array) else jnp.pad(array, padding)
+
+
+def first_rows(array: Array, rows: int) -> Array:
+    """Return the first rows of an array."""
+    if array.shape[0] == rows:
+        return array
+    return jnp.asarray(np.asarray(array)[:rows]) if _on_host(array) else array[:rows]
+
+
+def _on_host(array: Array) -> bool:
+    return not is_traced(array) and next(iter(array.devices())).platform == "cpu"
 
 
 def to_library(array: jax.Array, library: str, out: Array | None) -> Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from attn_dispatch.errors import MissingPackageError
 
-from .options import StepOptions
+from .options import ProgramOptions
 
 __all__ = ["attend", "kernel_module"]
 
@@ -33,7 +33,12 @@ _lock = threading.Lock()
 
 
 def attend(
-    pages: Array, q: Array, new: list[Array] | None, parts: dict[str, Array], sinks: Array, options: StepOptions
+    pages: Array,
+    q: Array,
+    new: tuple[Array, ...] | None,
+    parts: dict[str, Array],
+    sinks: Array,
+    options: ProgramOptions,
 ) -> tuple[Array, Array]:
     """Return the output [tokens, H, Dv] and the pages.
 
@@ -88,7 +93,7 @@ def attend(
     return out[:, :, : options.value_size], pages
 
 
-def _own_rows(pages: Array, own: Array, options: StepOptions) -> tuple[Array, Array]:
+def _own_rows(pages: Array, own: Array, options: ProgramOptions) -> tuple[Array, Array]:
     """Return what the pages hold for each row's own token: the kernels read a step's tokens from beside the cache."""
     flat = pages.reshape(-1, options.padded_kv_heads, 2, options.lanes)
     rows = flat.at[own].get(mode="fill", fill_value=0)[:, : options.kv_heads]
@@ -107,7 +112,7 @@ def kernel_module(name: str) -> ModuleType:
             return importlib.import_module(_MODULES[name])
         found = importlib.util.find_spec(_PACKAGE)
         if found is None or not found.submodule_search_locations:
-            raise MissingPackageError("this kernel is of tpu-inference, which is missing: pip install tpu-inference")
+            raise MissingPackageError("this kernel is of tpu-inference, which is missing")
         before = set(sys.modules)
         try:
             _stand_in(found.submodule_search_locations[0])

@@ -1,7 +1,7 @@
 """The kernels behind `tpu/pallas`: what each computes, and the pages that it wants. No vendor is imported here.
 
-Each refusal is one of the compiler's or of a kernel's signature; `compile_cell.py` holds both directions against the
-TPU's own compiler.
+Each refusal is one of the compiler's or of a kernel's signature; `evidence/compile_check.py` checks both directions
+with the TPU's own compiler.
 
     ragged    jax.experimental.pallas.ops.tpu.ragged_paged_attention: always there
     fused     tpu-inference's v3: writes the cache itself, any head size, also without causality
@@ -11,19 +11,22 @@ TPU's own compiler.
 from __future__ import annotations
 
 import abc
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
+from attn_dispatch.adapters.environment import Packages
+from attn_dispatch.adapters.joint_pages import JointPages, joint_pages
 from attn_dispatch.backend import Refusal
 from attn_dispatch.contract import AttentionSpec
 
-from .layouts import PagesLayout, pages_layout
-from .tiles import LANES, VMEM_BYTES, Step, align, packing
+from .tiles import LANES, VMEM_BYTES, GridStep, align, packing
 
-__all__ = ["KERNELS", "Fused", "Fused64", "Kernel", "Ragged", "choose_kernel", "kernel_named"]
+__all__ = ["KERNELS", "Fused", "Fused64", "Kernel", "Ragged", "choose_kernel", "has_tpu_inference", "kernel_named"]
+
+TPU_INFERENCE = "0.31"
+"""Its kernels are private: other versions may not fit (0.32 calls functions that only newer releases of JAX have)."""
 
 TYPES = ("bfloat16", "float32")
 """Of queries: Mosaic has no float16 or float64 vectors that these kernels could use."""
@@ -44,7 +47,7 @@ class Kernel(abc.ABC):
 
     def installed(self) -> bool:
         """Whether its package is there (it is not imported)."""
-        return _has_tpu_inference()
+        return has_tpu_inference()
 
     @abc.abstractmethod
     def kv_heads(self, spec: AttentionSpec) -> int:
@@ -63,15 +66,15 @@ class Kernel(abc.ABC):
         packed = packing(spec.kv_cache_dtype)
         return (2 * self.kv_heads(spec) // packed, packed, self.lanes(spec))
 
-    def step(self, spec: AttentionSpec) -> Step:
+    def grid_step(self, spec: AttentionSpec) -> GridStep:
         """Return what a grid step's memory depends on."""
-        return Step(
+        return GridStep(
             self.kv_heads(spec), self.group(spec), self.lanes(spec), spec.block_size, spec.dtype, spec.kv_cache_dtype
         )
 
-    def layout(self, spec: AttentionSpec) -> PagesLayout:
+    def layout(self, spec: AttentionSpec) -> JointPages:
         """Return the layout of its pages."""
-        return pages_layout(spec.geometry, self.kv_heads(spec), self.lanes(spec), self.tail(spec))
+        return joint_pages(spec.geometry, self.kv_heads(spec), self.lanes(spec), self.tail(spec))
 
     def refusals(self, spec: AttentionSpec) -> Iterator[Refusal]:
         """Yield every reason against a spec."""
@@ -82,11 +85,11 @@ class Kernel(abc.ABC):
         if spec.kv_cache_dtype not in self.cache_types:
             accepts = f"the kernel reads pages of {', '.join(self.cache_types)}"
             yield Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, "Ask for bfloat16")
-        elif spec.dtype in TYPES and not self.step(spec).fits:
+        elif spec.dtype in TYPES and not self.grid_step(spec).fits:
             smaller = spec.block_size
-            while smaller > 1 and not self.step(replace(spec, block_size=smaller)).fits:
+            while smaller > 1 and not self.grid_step(replace(spec, block_size=smaller)).fits:
                 smaller //= 2
-            accepts = f"two pages and their scores exceed {VMEM_BYTES >> 20} MiB of VMEM; {smaller} tokens would fit"
+            accepts = f"two blocks and their scores exceed {VMEM_BYTES >> 20} MiB of VMEM; {smaller} tokens would fit"
             yield Refusal("block_size", spec.block_size, accepts, f"Ask for block_size={smaller}")
 
     def _features(self, spec: AttentionSpec) -> Iterator[Refusal]:
@@ -95,7 +98,7 @@ class Kernel(abc.ABC):
         if spec.alibi:
             yield Refusal("alibi", True, "the kernel has no bias")
         if spec.returns_lse:
-            yield Refusal("returns_lse", True, "the kernel keeps its log-sum-exp to itself")
+            yield Refusal("returns_lse", True, "the kernel does not return LSE")
 
 
 class Ragged(Kernel):
@@ -134,14 +137,14 @@ class Ragged(Kernel):
         """[2K', 128]."""
         return (2 * self.kv_heads(spec), self.lanes(spec))
 
-    def step(self, spec: AttentionSpec) -> Step:
+    def grid_step(self, spec: AttentionSpec) -> GridStep:
         """Heads are taken a few at a time where they divide."""
-        return replace(super().step(spec), kv_heads=self._kv_heads_per_step(spec))
+        return replace(super().grid_step(spec), kv_heads=self._kv_heads_per_step(spec))
 
     def _features(self, spec: AttentionSpec) -> Iterator[Refusal]:
         yield from super()._features(spec)
         if spec.kind == "decoder" and not spec.causal:
-            yield Refusal("causal", False, "the kernel is causal, and nothing else", _with_tpu_inference())
+            yield Refusal("causal", False, "the kernel is causal only", _with_tpu_inference())
         for name in ("head_size", "value_head_size"):
             size = getattr(spec, name)
             if size > LANES and (name == "head_size" or size != spec.head_size):
@@ -180,7 +183,10 @@ class Fused(Kernel):
 
 
 class Fused64(Fused):
-    """tpu-inference's kernel for heads of 64 elements: a key and its value share a row of 128."""
+    """tpu-inference's kernel for heads of 64 elements: a key and its value share a row of 128.
+
+    It always writes: of a layer that reads another's cache it writes each row's own key and value, as they are there.
+    """
 
     name = "fused64"
 
@@ -197,21 +203,19 @@ class Fused64(Fused):
         packed = packing(spec.kv_cache_dtype)
         return (self.kv_heads(spec) // packed, packed, 2 * self.lanes(spec))
 
-    def step(self, spec: AttentionSpec) -> Step:
+    def grid_step(self, spec: AttentionSpec) -> GridStep:
         """Queries and outputs are 128 wide, pages 128 for both."""
-        return replace(super().step(spec), lanes=LANES)
+        return replace(super().grid_step(spec), lanes=LANES)
 
     def _features(self, spec: AttentionSpec) -> Iterator[Refusal]:
         for refusal in super()._features(spec):
             if refusal.field != "sinks":
                 yield refusal
         if spec.kind == "decoder" and not spec.causal:
-            yield Refusal("causal", False, "the kernel is causal, and nothing else")
+            yield Refusal("causal", False, "the kernel is causal only")
         for name in ("head_size", "value_head_size"):
             if getattr(spec, name) != 64:
                 yield Refusal(name, getattr(spec, name), "the kernel's heads have 64 elements")
-        if not spec.writes_kv:
-            yield Refusal("writes_kv", False, "the kernel always writes")
         if spec.sinks and spec.group_size % packing(spec.dtype):
             accepts = f"with sinks the kernel takes groups of a multiple of {packing(spec.dtype)} query heads"
             yield Refusal("num_heads", spec.num_heads, accepts)
@@ -228,13 +232,13 @@ def choose_kernel(spec: AttentionSpec, fused: bool = True) -> tuple[Kernel | Non
         spec: the layer.
         fused: whether fused kernels may be chosen.
     """
-    found: tuple[Refusal, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
     for kernel in KERNELS:
         if kernel.installed() and (fused or not kernel.fused):
-            found = tuple(kernel.refusals(spec))
-            if not found:
+            refusals = tuple(kernel.refusals(spec))
+            if not refusals:
                 return kernel, ()
-    return None, found
+    return None, refusals
 
 
 @cache
@@ -249,9 +253,12 @@ def _whole_tiles(rows: int, packed: int) -> bool:
 
 
 @cache
-def _has_tpu_inference() -> bool:
-    return importlib.util.find_spec("tpu_inference") is not None
+def has_tpu_inference() -> bool:
+    """Whether tpu-inference is installed, in a version whose kernels have run here (it is not imported)."""
+    return Packages().version("tpu-inference").startswith(f"{TPU_INFERENCE}.")
 
 
 def _with_tpu_inference(what: str = "") -> str:
-    return "" if _has_tpu_inference() else f"tpu-inference's kernel {what}can: pip install tpu-inference"
+    if has_tpu_inference():
+        return ""
+    return f"tpu-inference's kernel {what}can: pip install --no-deps 'tpu-inference=={TPU_INFERENCE}.*'"

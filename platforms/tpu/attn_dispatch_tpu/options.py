@@ -10,7 +10,7 @@ from .kernels import Kernel
 from .planning import BatchShape
 from .tiles import choose_tiles
 
-__all__ = ["StepOptions", "step_options"]
+__all__ = ["ProgramOptions", "program_options"]
 
 # Interpreting a program costs by its operations: few pages to a grid step, which also takes every sequence through
 # several of them.
@@ -18,7 +18,7 @@ _SIMULATED_TOKENS, _SIMULATED_PAGES = 64, 4
 
 
 @dataclass(frozen=True)
-class StepOptions:
+class ProgramOptions:
     """All that a program is compiled for. Equal options and shapes share one.
 
     Attributes:
@@ -53,13 +53,13 @@ class StepOptions:
     simulated: str = ""
 
 
-def step_options(kernel: Kernel, spec: AttentionSpec, batch: BatchShape, simulated: str = "") -> StepOptions:
+def program_options(kernel: Kernel, spec: AttentionSpec, batch: BatchShape, simulated: str = "") -> ProgramOptions:
     """Return what a batch of these layers is compiled for; the same on every generation."""
-    tiles = choose_tiles(kernel.step(spec), batch.pages_per_seq, batch.tokens)
+    tiles = choose_tiles(kernel.grid_step(spec), batch.pages_per_seq, batch.tokens)
     pages = tiles.pages
     if simulated:
         pages = min(pages, _SIMULATED_PAGES, max(1, _SIMULATED_TOKENS // spec.block_size))
-    return StepOptions(
+    return ProgramOptions(
         kernel=kernel.name,
         batch=batch,
         heads=spec.num_heads,

@@ -1,4 +1,4 @@
-"""A batch as the kernels want it: no empty sequences, sizes rounded up, all integers in one vector."""
+"""A batch as the kernels want it: no empty sequences, sizes rounded up, all integers in one vector. NumPy only."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from attn_dispatch.adapters.batch import HostBatch, query_rows, split_decodes, start_loc
 from attn_dispatch.contract import AttentionSpec, BatchView
 from attn_dispatch.errors import PlanError
 
 from .tiles import SMEM_BYTES, bucket, table_bytes
 
-__all__ = ["Batch", "BatchShape", "pack"]
+__all__ = ["BatchShape", "PackedBatch", "pack"]
 
 I32 = npt.NDArray[np.int32]
 
@@ -58,88 +59,74 @@ class BatchShape:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """One step, packed."""
+class PackedBatch:
+    """One step's batch as one vector, and its sizes."""
 
     integers: I32
     shape: BatchShape
 
 
-def pack(spec: AttentionSpec, view: BatchView, *, fused: bool, token_floor: int) -> Batch:
+def pack(spec: AttentionSpec, view: BatchView, *, fused: bool, token_floor: int) -> PackedBatch:
     """Return the batch for a kernel.
 
     Args:
         spec: the layer.
-        view: the step as it sees it.
+        view: the batch as it sees it.
         fused: for a kernel that wants decodes first and each row's own key and value.
         token_floor: the fewest rows.
 
     Raises:
-        PlanError: its page table is larger than the scalar memory that the kernel reads it from.
+        PlanError: its block table is larger than the scalar memory that the kernel reads it from.
     """
-    lens = view.query_lens
-    # A kernel waits for the pages of every sequence that it is told of, so none may be empty. Nobody asks for those
-    # without rows; a padding sequence's rows (of length 0) come out as zeros because `valid` says so.
-    empty = (lens > 0) & (view.kv_lens == 0)
-    chosen = np.flatnonzero((lens > 0) & ~empty)
-    decodes = int(np.count_nonzero(lens[chosen] == 1))
-    if fused and decodes:
-        chosen = np.concatenate([chosen[lens[chosen] == 1], chosen[lens[chosen] > 1]])
-    total, rows = view.num_tokens, _rows(view, chosen)
-    permutes = not np.array_equal(rows, np.arange(len(rows)))
-    query_lens, kv_lens = lens[chosen], view.kv_lens[chosen]
-    writes_last = fused and spec.writes_kv and view.side.num_written == len(rows)
-    tokens = bucket(max(total, 1), token_floor, 512)
-    sequences = bucket(max(len(chosen), 1), 8, 256)
-    longest = int(kv_lens.max(initial=1))
-    pages_per_seq = bucket(-(-longest // spec.block_size), 8, 128)
+    host = HostBatch.of(view, spec, paged=True)
+    total = host.num_tokens
+    # All of them, in the order that the kernel wants.
+    chosen = np.arange(host.num_seqs)
+    decodes, longer = split_decodes(np.diff(host.query_start)) if fused else (chosen[:0], chosen)
+    order = np.arange(total)
+    if len(decodes):
+        chosen = np.concatenate([decodes, longer])
+        order = np.concatenate([order[query_rows(host.query_start, some)] for some in (decodes, longer)])
+    permutes = bool((np.diff(chosen) < 0).any())
+    lens, query_lens = host.lens[chosen], np.diff(host.query_start)[chosen]
+    writes_last = fused and spec.writes_kv and view.side.num_written == total
+    tokens = bucket(max(total, view.num_new, 1), token_floor, 512)
+    sequences = bucket(max(host.num_seqs, 1), 8, 256)
+    pages_per_seq = bucket(-(-max(host.max_keys, 1) // spec.block_size), 8, 128)
     if table_bytes(sequences, pages_per_seq) > SMEM_BYTES:
         raise PlanError(
-            f"{len(chosen)} sequences of up to {longest} tokens in blocks of {spec.block_size} need a page table of "
-            f"{sequences} x {pages_per_seq}, {table_bytes(sequences, pages_per_seq)} bytes in all; a TPU core's scalar "
-            f"memory has {SMEM_BYTES}. Use larger blocks, or split the batch"
+            f"{host.num_seqs} sequences of up to {host.max_keys} tokens in blocks of {spec.block_size} need a block "
+            f"table of {sequences} x {pages_per_seq}, {table_bytes(sequences, pages_per_seq)} bytes in all; a TPU "
+            f"core's scalar memory has {SMEM_BYTES}. Use larger blocks, or split the batch"
         )
     shape = BatchShape(
-        tokens, sequences, pages_per_seq, bool(empty.any()), permutes, writes_last, fused and not writes_last
+        tokens, sequences, pages_per_seq, host.idle is not None, permutes, writes_last, fused and not writes_last
     )
     table = np.zeros((sequences, pages_per_seq), np.int32)
-    width = min(view.side.table.shape[1], pages_per_seq)
-    table[: len(chosen), :width] = view.side.table[chosen, :width]
-    starts = np.full(sequences + 1, len(rows), np.int32)
-    starts[0] = 0
-    starts[1 : len(chosen) + 1] = np.cumsum(query_lens)
-    used = view.side.slots
-    made: dict[str, npt.NDArray[np.integer]] = {
-        "slots": _filled(tokens, NOWHERE, np.where(used < 0, NOWHERE, used)),
-        "lengths": _filled(sequences, 0, kv_lens),
+    table[: len(chosen), : host.tables.shape[1]] = host.tables[chosen]
+    starts = start_loc(query_lens)
+    slots = view.side.slots
+    parts: dict[str, npt.NDArray[np.integer]] = {
+        "slots": _padded(tokens, NOWHERE, np.where(slots < 0, NOWHERE, slots)),
+        "lengths": _padded(sequences, 0, lens),
         "table": table.reshape(-1),
-        "starts": starts,
-        "counts": np.array([len(chosen), decodes if fused else 0]),
+        "starts": _padded(sequences + 1, total, starts),
+        "counts": np.array([len(chosen), len(decodes)]),
     }
-    if shape.masks_rows:
-        made["valid"] = _filled(tokens, 0, np.repeat(~empty, lens))
+    if host.idle is not None:
+        parts["valid"] = _padded(tokens, 0, ~host.idle)
     if permutes:
-        # Rows that the kernel does not see come last, in any order.
-        order = np.concatenate([rows, np.setdiff1d(np.arange(tokens), rows)])
-        made |= {"order": order, "back": np.argsort(order)}
+        order = np.concatenate([order, np.arange(total, tokens)])
+        parts |= {"order": order, "back": np.argsort(order)}
     if shape.locates_rows:
         sequence = np.repeat(np.arange(len(chosen)), query_lens)
-        position = np.arange(len(rows)) + (kv_lens - query_lens - starts[: len(chosen)])[sequence]
+        position = np.arange(total) + (lens - query_lens - starts[:-1])[sequence]
         block = table[sequence, position // spec.block_size].astype(np.int64)
-        made["own"] = _filled(tokens, NOWHERE, block * spec.block_size + position % spec.block_size)
-    return Batch(np.concatenate([made[name] for name, size in shape.parts if size]).astype(np.int32), shape)
+        parts["own"] = _padded(tokens, NOWHERE, block * spec.block_size + position % spec.block_size)
+    return PackedBatch(np.concatenate([parts[name] for name, size in shape.parts if size]).astype(np.int32), shape)
 
 
-def _rows(view: BatchView, sequences: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-    """Return the rows of these sequences, one after the other."""
-    lens = view.query_lens[sequences].astype(np.int64)
-    ends = np.cumsum(lens)
-    shift = np.repeat(view.query_start_loc[sequences] - (ends - lens), lens)
-    rows: npt.NDArray[np.int64] = np.arange(len(shift), dtype=np.int64) + shift
-    return rows
-
-
-def _filled(size: int, with_: int | np.int32, head: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-    whole = np.full(size, with_, np.int64)
+def _padded(size: int, value: int | np.int32, head: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+    whole = np.full(size, value, np.int64)
     whole[: len(head)] = head
     return whole

@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-from .options import StepOptions
+from .options import ProgramOptions
 
 __all__ = ["attend"]
 
 Array = Any
 
 
-def attend(pages: Array, q: Array, parts: dict[str, Array], options: StepOptions) -> Array:
+def attend(pages: Array, q: Array, parts: dict[str, Array], options: ProgramOptions) -> Array:
     """Return the output [tokens, H, Dv] of what the pages hold.
 
     Args:

@@ -1,4 +1,4 @@
-"""What fits the hardware: block sizes for VMEM, page tables for SMEM, sizes rounded up. No vendor is imported here."""
+"""What fits the hardware: block sizes for VMEM, block tables for SMEM, sizes rounded up. No vendor is imported here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = [
     "LANES",
     "SMEM_BYTES",
     "VMEM_BYTES",
-    "Step",
+    "GridStep",
     "Tiles",
     "align",
     "bucket",
@@ -23,7 +23,7 @@ LANES = 128
 """Width of a vector register's row: the last axis of every operand."""
 
 SMEM_BYTES = 1 << 20
-"""Scalar memory of a core, v4 to 7x; the page table is copied into it whole."""
+"""Scalar memory of a core, v4 to 7x; the block table is copied into it whole."""
 
 VMEM_BYTES = 14 << 20
 """What a grid step may take by our estimate: 16 MiB, which every generation has for one kernel, less what the compiler
@@ -45,7 +45,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Step:
+class GridStep:
     """What a grid step's memory depends on.
 
     Attributes:
@@ -79,12 +79,12 @@ class Step:
         return self.vmem_bytes(Tiles(1, 1)) <= VMEM_BYTES
 
 
-def choose_tiles(step: Step, pages_per_seq: int, tokens: int) -> Tiles:
-    """Return block sizes that fit VMEM on every generation (the compile cell holds that against the compiler).
+def choose_tiles(step: GridStep, pages_per_seq: int, tokens: int) -> Tiles:
+    """Return block sizes that fit VMEM on every generation (`evidence/compile_check.py` has the compiler confirm it).
 
     Args:
         step: one that `fits`.
-        pages_per_seq: width of the page table.
+        pages_per_seq: width of the block table.
         tokens: rows of q.
     """
     pages = max(1, min(pages_per_seq, _MAX_PAGES, _BLOCK_TOKENS // step.block_size))
@@ -111,7 +111,7 @@ def align(count: int, step: int) -> int:
 
 
 def table_bytes(sequences: int, pages_per_seq: int) -> int:
-    """Return the SMEM that a page table and the lengths take; the table's rows are padded to 128 words."""
+    """Return the SMEM that a block table and the lengths take; the table's rows are padded to 128 words."""
     return sequences * align(pages_per_seq, 128) * 4 + 2 * 4 * align(sequences + 1, 128) + _SMEM_RESERVED
 
 

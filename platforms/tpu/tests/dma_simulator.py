@@ -117,7 +117,7 @@ def _writing(store: Callable[..., Any], get: Callable[..., Any]) -> Callable[...
 
 @functools.cache
 def _teach() -> None:
-    simulator._mend()
+    simulator.replace_rules()
     get, store, swap = interpreter.get, interpreter.store, interpreter.swap
 
     def swapped(

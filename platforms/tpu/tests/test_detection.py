@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 import attn_dispatch as ad
+from attn_dispatch.adapters.environment import Packages
 from attn_dispatch.dispatch import candidates, registry
 from attn_dispatch.hardware import Device
 
@@ -37,10 +38,11 @@ def test_it_is_never_chosen_by_itself() -> None:
 def test_named_it_says_that_it_simulates() -> None:
     assert ad.attention(SPEC, "tpu/pallas").backend == "tpu/pallas"
     verdict = ad.explain(SPEC, "tpu/pallas").verdicts[0]
-    assert "simulator" in verdict.note
+    assert "interpreter" in verdict.note
     availability = ad.backends()["tpu/pallas"]
     assert availability.evidence == "simulated on CPU"
     assert "no TPU here" in availability.reason
+    assert "JAX's Pallas interpreter with its rules for" in availability.reason  # whose simulator, and what is patched
 
 
 def test_device_files_make_it_the_platforms_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +69,7 @@ def test_a_tpu_that_jax_does_not_see_is_an_error_and_no_simulation(monkeypatch: 
 
 
 def test_a_jax_that_the_simulator_was_not_written_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.14.1")
+    monkeypatch.setattr(Packages, "version", lambda self, *names: "0.14.1")
     availability = registry().load("tpu/pallas").probe()
     assert not availability
     assert "0.14.1" in availability.reason

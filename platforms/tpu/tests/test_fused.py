@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import attn_dispatch as ad
+from attn_dispatch.adapters.environment import Packages
 from attn_dispatch.conformance.cases import CASES, Case
 from attn_dispatch.conformance.checks import check_mutations, run_case
 from attn_dispatch.dispatch import registry, verdict_of
-from attn_dispatch_tpu.kernels import choose_kernel
+from attn_dispatch_tpu.kernels import TPU_INFERENCE, choose_kernel, has_tpu_inference
 
 from .dma_simulator import simulating
 
-if importlib.util.find_spec("tpu_inference") is None:
-    pytest.skip("not run: tpu-inference is not installed (--no-deps is enough)", allow_module_level=True)
+if not has_tpu_inference():
+    pytest.skip(f"not run: needs tpu-inference {TPU_INFERENCE}", allow_module_level=True)
 
 BIG = {"num_heads": 4, "num_kv_heads": 2, "head_size": 128}
 MORE = (
@@ -26,6 +29,13 @@ MORE = (
     Case("float8", "", ad.AttentionSpec(kv_cache_dtype="fp8", **BIG), (63, 0), (1, 12), scales=(0.05, 0.02)),
     Case("head size 256", "", ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=256), (63, 0), (1, 12)),
     Case("shared", "", ad.AttentionSpec(dtype="float32", writes_kv=False, **BIG), (63, 20), (1, 12)),
+    Case(
+        "shared, heads of 64",
+        "",
+        ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, writes_kv=False),
+        (63, 20),
+        (1, 12),
+    ),
     Case("some are not written", "", ad.AttentionSpec(dtype="float32", **BIG), (40, 20), (9, 12), skipped_slots=True),
     Case("padding", "", ad.AttentionSpec(dtype="float32", **BIG), (40, 0), (1, 9), padding=3),
 )
@@ -54,6 +64,34 @@ def test_plain_interpretation_is_of_jaxs_own_kernel_alone() -> None:
     assert not verdict_of(backend, spec)
     with simulating():
         assert verdict_of(backend, spec)
+
+
+def test_a_version_whose_kernels_have_not_run_here_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, sinks=True)
+    version = Packages.version
+    newer = {"tpu-inference": "0.32.0"}
+    monkeypatch.setattr(Packages, "version", lambda self, *names: newer.get(names[0]) or version(self, *names))
+    has_tpu_inference.cache_clear()
+    try:
+        with simulating():
+            verdict = verdict_of(registry().load("tpu/pallas"), spec)
+        assert not verdict
+        assert f"tpu-inference=={TPU_INFERENCE}" in str(verdict)
+    finally:
+        monkeypatch.undo()
+        has_tpu_inference.cache_clear()
+
+
+def test_a_cache_in_another_kernels_layout_is_refused_before_anything_is_written() -> None:
+    spec = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, dtype="float32")
+    batch = ad.AttentionMetadata.build([3], [3], [[0]], 32)
+    rows = [np.ones((3, h, 64), np.float32) for h in (4, 2, 2)]
+    with simulating():
+        cache = ad.attention(spec, "tpu/pallas").allocate(2)
+        other = ad.attention(replace(spec, causal=False), "tpu/pallas")
+        with pytest.raises(ad.errors.CacheError, match="fused"):
+            other.run(other.plan(batch), *rows, cache)
+    assert not np.asarray(cache.arrays["pages"]).any()
 
 
 def test_loading_a_kernel_leaves_no_trace_of_its_package() -> None:

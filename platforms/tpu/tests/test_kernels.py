@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 import attn_dispatch as ad
-from attn_dispatch_tpu import step
+from attn_dispatch_tpu import programs
+from attn_dispatch_tpu.pallas_call import program
 
 
-def program(dtype: str) -> str:
+def program_text(dtype: str) -> str:
     """Return a step's program in words, the kernel's own included."""
     spec = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=128, dtype=dtype)
     attn = ad.attention(spec, "tpu/pallas")
     plan = attn.plan(ad.AttentionMetadata.build([1], [40], [[0, 1]]))
     rows = [jnp.zeros((plan.options.batch.tokens, h, 128), dtype) for h in (4, 2, 2)]  # type: ignore[attr-defined]
     pages, numbers = attn.allocate(4).arrays["pages"], np.ones(6, np.float32)
-    closed = jax.make_jaxpr(lambda *a: step.attend_and_write(*a, options=plan.options))(  # type: ignore[attr-defined]
+    closed = jax.make_jaxpr(lambda *a: programs.attend_and_write(*a, options=plan.options))(  # type: ignore[attr-defined]
         pages,
         *rows,
         plan.batch,
@@ -29,13 +30,13 @@ def program(dtype: str) -> str:
 
 def test_float32_is_multiplied_as_float32() -> None:
     """Left to itself the hardware rounds float32 operands to bfloat16."""
-    words = program("float32")
+    words = program_text("float32")
     assert "ragged_paged_attention_kernel" in words
     assert words.count("dot_general") == words.count("HIGHEST") // 2 > 0  # of both operands
 
 
 def test_bfloat16_is_left_to_the_hardware() -> None:
-    words = program("bfloat16")
+    words = program_text("bfloat16")
     assert "dot_general" in words
     assert "HIGHEST" not in words
 
@@ -49,5 +50,5 @@ def test_scales_of_another_layer_need_no_other_program(dtype: str) -> None:
     for scale in (0.5, 0.25, 0.125):
         attn = ad.attention(spec, "tpu/pallas", k_scale=scale, v_scale=2 * scale)
         attn.run(attn.plan(batch), q, k, v, attn.allocate(4))
-        compiled.append(step.attend_and_write._cache_size())
+        compiled.append(program("attend_and_write", "simulated")._cache_size())
     assert compiled[0] == compiled[1] == compiled[2]

@@ -8,13 +8,13 @@ import pytest
 import attn_dispatch as ad
 from attn_dispatch.errors import PlanError
 from attn_dispatch_tpu.kernels import Fused, Fused64, Ragged
-from attn_dispatch_tpu.planning import NOWHERE, Batch, pack
+from attn_dispatch_tpu.planning import NOWHERE, PackedBatch, pack
 from attn_dispatch_tpu.tiles import SMEM_BYTES, VMEM_BYTES, Tiles, bucket, choose_tiles, table_bytes
 
 SPEC = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, block_size=16)
 
 
-def parts(batch: Batch) -> dict[str, np.ndarray]:
+def parts(batch: PackedBatch) -> dict[str, np.ndarray]:
     found, at = {}, 0
     for name, size in batch.shape.parts:
         found[name] = batch.integers[at : at + size]
@@ -23,31 +23,37 @@ def parts(batch: Batch) -> dict[str, np.ndarray]:
     return found
 
 
-def packed(query_lens: list[int], seq_lens: list[int], *, fused: bool = False, **more: object) -> Batch:
+def packed(query_lens: list[int], seq_lens: list[int], *, fused: bool = False, **more: object) -> PackedBatch:
     counts = [-(-n // 16) for n in seq_lens]
     tables = [[sum(counts[:s]) + i for i in range(n)] for s, n in enumerate(counts)]
     batch = ad.AttentionMetadata.build(query_lens, seq_lens, tables, 16, **more)  # type: ignore[arg-type]
     return pack(SPEC, batch.view("decoder"), fused=fused, token_floor=16)
 
 
-def test_padding_and_idle_sequences_are_kept_from_the_kernel() -> None:
+def test_a_kernel_is_given_no_sequence_without_queries_or_keys() -> None:
     batch = packed([2, 3, 0, 1], [18, 0, 7, 5])
     found = parts(batch)
     assert batch.shape.masks_rows
-    assert batch.shape.permutes  # the padding lies between two that the kernel sees
-    assert found["counts"].tolist() == [2, 0]
-    assert found["lengths"][:3].tolist() == [18, 5, 0]
-    assert found["starts"][:4].tolist() == [0, 2, 3, 3]
-    assert found["order"][:3].tolist() == [0, 1, 5]
+    assert not batch.shape.permutes
+    assert found["counts"].tolist() == [3, 0]
+    assert found["lengths"][:4].tolist() == [18, 3, 5, 0]  # padding reads block 0, and its rows are cleared afterwards
+    assert found["table"].reshape(8, -1)[1].tolist() == [0] * 8
+    assert found["starts"][:5].tolist() == [0, 2, 5, 6, 6]
     assert found["valid"][:7].tolist() == [1, 1, 0, 0, 0, 1, 0]
-    assert (found["order"][found["back"]] == np.arange(16)).all()
     assert (found["slots"][2:5] == NOWHERE).all()
 
 
-def test_padding_at_the_end_costs_no_permutation() -> None:
-    batch = packed([2, 3], [18, 0])
-    assert batch.shape.masks_rows
-    assert not batch.shape.permutes
+def test_rows_come_back_from_where_they_went() -> None:
+    found = parts(packed([3, 1, 2, 1], [18, 40, 2, 7], fused=True))
+    assert (found["order"][found["back"]] == np.arange(16)).all()
+
+
+def test_a_batch_that_only_writes_has_room_for_its_rows() -> None:
+    side = ad.AttentionMetadata.build([20], [20], [[0, 1]], 16).view("decoder").side
+    batch = pack(SPEC, ad.AttentionMetadata.write_only(side).view("decoder"), fused=False, token_floor=16)
+    assert batch.shape.tokens == 32
+    assert parts(batch)["slots"][:21].tolist() == [*range(20), NOWHERE]
+    assert parts(batch)["counts"].tolist() == [0, 0]
 
 
 def test_a_fused_kernel_gets_its_decodes_first() -> None:
@@ -67,7 +73,7 @@ def test_rows_that_are_not_written_are_read_from_where_they_are() -> None:
     assert packed([3], [18], fused=True).shape.writes_last
 
 
-def test_a_page_table_beyond_scalar_memory_is_refused() -> None:
+def test_a_block_table_beyond_scalar_memory_is_refused() -> None:
     with pytest.raises(PlanError, match="scalar"):
         packed([1] * 1100, [130 * 16] * 1100)
 
@@ -82,7 +88,7 @@ def test_sizes_are_rounded_up_to_few() -> None:
 @pytest.mark.parametrize("block_size", [1, 16, 32, 512])
 def test_tiles_fit(kernel: Ragged | Fused, heads: tuple[int, int], block_size: int) -> None:
     spec = ad.AttentionSpec(num_heads=heads[0], num_kv_heads=heads[1], head_size=64, block_size=block_size)
-    step = kernel.step(spec)
+    step = kernel.grid_step(spec)
     for pages_per_seq, tokens in ((8, 16), (128, 2048)):
         tiles = choose_tiles(step, pages_per_seq, tokens)
         assert 1 <= tiles.pages <= pages_per_seq

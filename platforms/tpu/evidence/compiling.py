@@ -14,8 +14,7 @@ from functools import partial
 from typing import Any
 
 from attn_dispatch.contract.dtypes import itemsize
-
-from .options import StepOptions
+from attn_dispatch_tpu.options import ProgramOptions
 
 __all__ = ["GENERATIONS", "Compiled", "Target", "prepare"]
 
@@ -31,7 +30,8 @@ _ENVIRONMENT = {
     "TPU_LOG_DIR": "disabled",
 }
 
-NUM_BLOCKS = 64
+CACHE_TOKENS = 1 << 16
+"""Of a cache: enough that a copy of it would be larger than whatever else a program needs."""
 
 
 def prepare() -> None:
@@ -79,7 +79,7 @@ class Target:
 
     def compile(
         self,
-        options: StepOptions,
+        options: ProgramOptions,
         page: tuple[int, ...],
         *,
         dtype: str,
@@ -98,13 +98,13 @@ class Target:
         import jax
         from jax.sharding import PartitionSpec
 
-        from . import step
+        from attn_dispatch_tpu import fused, programs
 
         def like(shape: tuple[int, ...], dtype: str) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding)
 
         began = time.monotonic()
-        pages, tokens = (NUM_BLOCKS, *page), options.batch.tokens
+        pages, tokens = (max(64, CACHE_TOKENS // page[0]), *page), options.batch.tokens
         rows = [like((tokens, options.heads, options.head_size), dtype)]
         if writes:
             rows += [like((tokens, options.kv_heads, n), dtype) for n in (options.head_size, options.value_size)]
@@ -112,7 +112,7 @@ class Target:
             like((sum(size for _, size in options.batch.parts),), "int32"),
             like((2 + options.heads,), "float32"),
         ]
-        function = partial(step.attend_and_write if writes else step.attend, options=options, scaled=scaled)
+        function = partial(programs.attend_and_write if writes else programs.attend, options=options, scaled=scaled)
         # Inside shard_map the kernel is lowered for the mesh's chip; by itself it would be for the CPU that JAX sees.
         whole = PartitionSpec()
         mapped = jax.shard_map(function, mesh=self._mesh, in_specs=whole, out_specs=whole, check_vma=False)
@@ -120,12 +120,12 @@ class Target:
         if options.kernel != "ragged":
             # It looks at the device that JAX runs on, which is no TPU here, for what differs between generations.
             number = int(self.generation.strip("vx")[0])
-            step.fused.kernel_module(options.kernel).get_tpu_version = lambda: number  # type: ignore[attr-defined]
-        found = jitted.lower(like(pages, options.cache_dtype), *rows, *batch).compile().memory_analysis()
+            fused.kernel_module(options.kernel).get_tpu_version = lambda: number  # type: ignore[attr-defined]
+        memory = jitted.lower(like(pages, options.cache_dtype), *rows, *batch).compile().memory_analysis()
         return Compiled(
-            code_bytes=found.generated_code_size_in_bytes,
-            temporary_bytes=found.temp_size_in_bytes,
-            aliased_bytes=found.alias_size_in_bytes,
+            code_bytes=memory.generated_code_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            aliased_bytes=memory.alias_size_in_bytes,
             cache_bytes=int(math.prod(pages) * itemsize(options.cache_dtype)) if writes else 0,
             seconds=time.monotonic() - began,
         )

@@ -1,13 +1,12 @@
-"""One step of one layer as a single JAX computation: write the new keys and values, then attend. Imports JAX.
+"""One layer's step as a single JAX computation: write the new keys and values, then attend. Imports JAX.
 
-The pages are donated: what comes back is the same memory. Everything that differs from step to step is one vector of
-integers (`BatchShape.parts`), so that a step costs one small transfer to the device.
+Functions to be compiled, the pages donated: what comes back is the same memory. Everything that differs from step to
+step is one vector of integers (`BatchShape.parts`), so that a step costs one small transfer to the device.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,23 +15,22 @@ import jax.numpy as jnp
 from attn_dispatch.contract.dtypes import FINITE_MAX, is_quantised
 
 from . import fused, ragged
-from .options import StepOptions
+from .options import ProgramOptions
 
-__all__ = ["attend", "attend_and_write"]
+__all__ = ["attend", "attend_and_write", "write"]
 
 Array = Any
 
 
-@partial(jax.jit, static_argnames=("options", "scaled"), donate_argnames=("pages",))
 def attend_and_write(
     pages: Array,
     q: Array,
     k: Array,
     v: Array,
     integers: Array,
-    numbers: Array,
+    layer: Array,
     *,
-    options: StepOptions,
+    options: ProgramOptions,
     scaled: bool = False,
 ) -> tuple[Array, Array]:
     """Write, then attend.
@@ -43,7 +41,7 @@ def attend_and_write(
         k: [tokens, K, D].
         v: [tokens, K, Dv].
         integers: i32, the batch.
-        numbers: f32[2 + H], the layer's k_scale, v_scale and sinks (zeros if it has none).
+        layer: f32[2 + H], its k_scale, v_scale and sinks (zeros if it has none).
         options: static.
         scaled: static: a scale is not 1.
 
@@ -51,31 +49,41 @@ def attend_and_write(
         The output [tokens, H, Dv], and the next version of the pages.
     """
     parts = _parts(integers, options)
-    k = _stored(k, options.cache_dtype, numbers[0] if scaled else None)
-    v = _stored(v, options.cache_dtype, numbers[1] if scaled else None)
     if options.batch.writes_last:
-        return _attend(pages, q, parts, numbers, options, scaled, [k, v])
-    rows = _interleaved(k, v, options, pages.shape[2:])
+        return _attend(pages, q, parts, layer, options, scaled, _stored_rows(k, v, layer, options, scaled))
+    pages = write(pages, k, v, integers, layer, options=options, scaled=scaled)
+    return _attend(pages, q, parts, layer, options, scaled, None)
+
+
+def write(
+    pages: Array, k: Array, v: Array, integers: Array, layer: Array, *, options: ProgramOptions, scaled: bool = False
+) -> Array:
+    """Write only, and return the next version of the pages; arguments as `attend_and_write`."""
+    rows = _interleaved(*_stored_rows(k, v, layer, options, scaled), options, pages.shape[2:])
     flat = pages.reshape(-1, *pages.shape[2:])
     # What must not be written has a slot far outside, and is dropped.
-    pages = flat.at[parts["slots"]].set(rows, mode="drop").reshape(pages.shape)
-    return _attend(pages, q, parts, numbers, options, scaled, None)
+    return flat.at[_parts(integers, options)["slots"]].set(rows, mode="drop").reshape(pages.shape)
 
 
-@partial(jax.jit, static_argnames=("options", "scaled"))
 def attend(
-    pages: Array, q: Array, integers: Array, numbers: Array, *, options: StepOptions, scaled: bool = False
+    pages: Array, q: Array, integers: Array, layer: Array, *, options: ProgramOptions, scaled: bool = False
 ) -> Array:
     """Attend to what the pages hold; arguments as `attend_and_write`."""
-    return _attend(pages, q, _parts(integers, options), numbers, options, scaled, None)[0]
+    return _attend(pages, q, _parts(integers, options), layer, options, scaled, None)[0]
 
 
-def _parts(integers: Array, options: StepOptions) -> dict[str, Array]:
+def _parts(integers: Array, options: ProgramOptions) -> dict[str, Array]:
     parts, at = {}, 0
     for name, size in options.batch.parts:
         parts[name] = integers[at : at + size]
         at += size
     return parts
+
+
+def _stored_rows(k: Array, v: Array, layer: Array, options: ProgramOptions, scaled: bool) -> tuple[Array, Array]:
+    """Return what the cache holds for keys and values."""
+    scales = (layer[0], layer[1]) if scaled else (None, None)
+    return _stored(k, options.cache_dtype, scales[0]), _stored(v, options.cache_dtype, scales[1])
 
 
 def _stored(x: Array, dtype: str, scale: Array | None) -> Array:
@@ -92,7 +100,7 @@ def _stored(x: Array, dtype: str, scale: Array | None) -> Array:
     return (jnp.rint(clipped) if dtype == "int8" else clipped).astype(dtype)
 
 
-def _interleaved(k: Array, v: Array, options: StepOptions, tail: tuple[int, ...]) -> Array:
+def _interleaved(k: Array, v: Array, options: ProgramOptions, tail: tuple[int, ...]) -> Array:
     """Return rows K0, V0, K1, V1... [tokens, *tail], with zeros where the spec has no head and no element."""
     more = options.padded_kv_heads - options.kv_heads
     padded = [jnp.pad(x, ((0, 0), (0, more), (0, options.lanes - x.shape[2]))) for x in (k, v)]
@@ -103,26 +111,26 @@ def _attend(
     pages: Array,
     q: Array,
     parts: dict[str, Array],
-    numbers: Array,
-    options: StepOptions,
+    layer: Array,
+    options: ProgramOptions,
     scaled: bool,
-    new: list[Array] | None,
+    new: tuple[Array, ...] | None,
 ) -> tuple[Array, Array]:
     """Return the output and the pages, into which a fused kernel has written `new`."""
     if scaled:  # q . (stored * scale) = (q * scale) . stored, so that one program serves every layer's scales
-        q = (q.astype(jnp.float32) * numbers[0]).astype(q.dtype)
+        q = (q.astype(jnp.float32) * layer[0]).astype(q.dtype)
     if options.batch.permutes:
         q = q[parts["order"]]
-        new = None if new is None else [x[parts["order"]] for x in new]
-    # Without a word from us the hardware multiplies float32 as bfloat16: far outside clause 11.
+        new = None if new is None else tuple(x[parts["order"]] for x in new)
+    # By default the hardware multiplies float32 as bfloat16: far outside clause 11.
     exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else nullcontext()
     with exact:
         if options.kernel == "ragged":
             out = ragged.attend(pages, q, parts, options)
         else:
-            out, pages = fused.attend(pages, q, new, parts, numbers[2:], options)
+            out, pages = fused.attend(pages, q, new, parts, layer[2:], options)
     if options.batch.permutes:
         out = out[parts["back"]]
     if scaled:
-        out = (out.astype(jnp.float32) * numbers[1]).astype(out.dtype)
+        out = (out.astype(jnp.float32) * layer[1]).astype(out.dtype)
     return (jnp.where(parts["valid"][:, None, None] != 0, out, 0) if options.batch.masks_rows else out), pages

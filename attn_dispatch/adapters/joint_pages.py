@@ -1,8 +1,8 @@
-"""The cache layout of the TPU's kernels: keys and values side by side, padded to what the hardware's tiles hold.
+"""`JointPages`: the cache layout of kernels that want keys and values side by side, padded to a hardware's tiles.
 
-A page of the plain kernel is `[B, 2 * K', 128]`: rows K0, V0, K1, V1... of one token are neighbours, so that one DMA
-brings both. `K'` and the last axis are the spec's heads and head size rounded up to what the kernel can address. What
-is added is zero, is never read back, and adds nothing to a score or an output: padding is exact.
+A page is `[B, 2 * K', lanes]`: rows K0, V0, K1, V1... of one token are neighbours, so that one transfer brings both.
+`K'` and the last axis are the spec's heads and head size rounded up to what a kernel can address. What is added is
+zero, is never read back, and adds nothing to a score or an output: padding is exact.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from types import MappingProxyType
 from typing import Any
 
 from attn_dispatch.contract import CacheLayout
+from attn_dispatch.contract.arrays import permute
 from attn_dispatch.contract.spec import CacheGeometry
 
-__all__ = ["PAGES", "PagesLayout", "pages_layout"]
+__all__ = ["PAGES", "JointPages", "joint_pages"]
 
 PAGES = "pages"
 """The name of the one array."""
 
 
 @dataclass(frozen=True)
-class PagesLayout(CacheLayout):
+class JointPages(CacheLayout):
     """Joint pages of padded heads. In memory they are `[N, B, K', 2, lanes]`, whatever axes the array has.
 
     Attributes:
@@ -58,25 +59,25 @@ class PagesLayout(CacheLayout):
         pages = self._heads_of(arrays[PAGES])
         key = pages[:, :, : self.heads, 0, : self.key_size]
         value = pages[:, :, : self.heads, 1, : self.value_size]
-        return key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        return permute(key, (0, 2, 1, 3)), permute(value, (0, 2, 1, 3))
 
     def put_logical(self, arrays: Mapping[str, Any], key: Any, value: Any) -> None:
         """Write logical keys and values into host pages; the padding stays as it is."""
         pages = self._heads_of(arrays[PAGES])  # a view: pages are contiguous
-        pages[:, :, : self.heads, 0, : self.key_size] = key.transpose(0, 2, 1, 3)
-        pages[:, :, : self.heads, 1, : self.value_size] = value.transpose(0, 2, 1, 3)
+        pages[:, :, : self.heads, 0, : self.key_size] = permute(key, (0, 2, 1, 3))
+        pages[:, :, : self.heads, 1, : self.value_size] = permute(value, (0, 2, 1, 3))
 
     def _heads_of(self, pages: Any) -> Any:
         return pages.reshape(*pages.shape[:2], self.padded_heads, 2, self.lanes)
 
 
-def pages_layout(geometry: CacheGeometry, padded_heads: int, lanes: int, tail: tuple[int, ...]) -> PagesLayout:
+def joint_pages(geometry: CacheGeometry, padded_heads: int, lanes: int, tail: tuple[int, ...]) -> JointPages:
     """Return the layout for caches of this geometry; its name says every number, so that names stay unique."""
     sizes = f"{geometry.head_size}"
     if geometry.value_head_size != geometry.head_size:
         sizes += f"+{geometry.value_head_size}"
-    return PagesLayout(
-        name=f"TPU-{geometry.num_kv_heads}x{sizes}-in-{'x'.join(map(str, tail))}",
+    return JointPages(
+        name=f"joint-{geometry.num_kv_heads}x{sizes}-in-{'x'.join(map(str, tail))}",
         arrays=((PAGES, "N B K 2 D"),),
         heads=geometry.num_kv_heads,
         key_size=geometry.head_size,

@@ -1,4 +1,4 @@
-"""What the compile cell compiles: specs that a kernel's verdict accepts, each with a batch, and what it refuses.
+"""What the compile check compiles: specs that a kernel's verdict accepts, each with a batch, and what it refuses.
 
 The accepted rows go once through every field: types, head sizes, block sizes, head counts, features, and batches at the
 edges of what a plan lets through. The refused ones leave away exactly what the verdict insists on.
@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from attn_dispatch.contract import AttentionMetadata, AttentionSpec
-
-from .kernels import KERNELS, Kernel, kernel_named
-from .options import StepOptions, step_options
-from .planning import pack
-from .tiles import SMEM_BYTES, align, table_bytes
+from attn_dispatch_tpu.kernels import KERNELS, Kernel, kernel_named
+from attn_dispatch_tpu.options import ProgramOptions, program_options
+from attn_dispatch_tpu.planning import pack
+from attn_dispatch_tpu.tiles import SMEM_BYTES, align, table_bytes
 
 __all__ = ["Row", "program", "rows", "verdict"]
 
@@ -34,7 +33,7 @@ class Row:
         spec: the layer.
         query_lens: of the batch.
         seq_lens: of the batch.
-        sequences: when given, the page table has so many rows and `pages_per_seq` columns, whatever the batch.
+        sequences: when given, the block table has so many rows and `pages_per_seq` columns, whatever the batch.
         pages_per_seq: see sequences.
         scaled: with scales that are not 1.
         padded: False: as it would be if nothing were padded.
@@ -63,10 +62,10 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """Yield every row of every kernel that is installed."""
-    found = {"ragged": _ragged, "fused": _fused, "fused64": _fused64}
+    rows_of = {"ragged": _ragged, "fused": _fused, "fused64": _fused64}
     for kernel in reversed(KERNELS):
         if kernel.installed():
-            for row in found[kernel.name]():
+            for row in rows_of[kernel.name]():
                 yield replace(row, kernel=kernel.name)
 
 
@@ -109,12 +108,12 @@ _FLOATS = (
     ("bfloat16", "float8_e5m2"),
     ("bfloat16", "float32"),
     ("float32", "bfloat16"),
-    ("float32", "float8_e4m3fn"),
 )
 
 
 def _ragged() -> Iterator[Row]:
-    yield from _types((*_FLOATS, ("bfloat16", "int8"), ("float32", "int8")), num_heads=32, num_kv_heads=8)
+    yield from _types((*_FLOATS, ("float32", "float8_e4m3fn"), ("bfloat16", "int8"), ("float32", "int8")))
+    yield Row("heads 32/8", _spec(num_heads=32, num_kv_heads=8), brief=True)
     yield from _batches()
     yield from _masks()
     for size in (8, 33, 64, 80, 96, 112):
@@ -136,13 +135,13 @@ def _ragged() -> Iterator[Row]:
         fields = {"num_heads": heads, "num_kv_heads": kv_heads, "kv_cache_dtype": "float8_e4m3fn"}
         yield Row(f"heads {heads}/{kv_heads} float8 cache", _spec(**fields), brief=kv_heads == 1)
     yield Row("scaled float8 cache", _spec(kv_cache_dtype="float8_e4m3fn"), scaled=True)
-    yield Row("the largest page table", _spec(), sequences=1920, pages_per_seq=128, brief=True)
+    yield Row("the largest block table", _spec(), sequences=1920, pages_per_seq=128, brief=True)
 
     yield _no("dtype float16", _spec(dtype="float16"), brief=True)
     yield _no("float16 cache", _spec(kv_cache_dtype="float16"), brief=True)
     for size in (192, 256):
         yield _no(f"head size {size}", _spec(head_size=size), brief=size == 256)
-    yield _no("block size 8192, heads 32/8", _spec(num_heads=32, num_kv_heads=8, block_size=8192), brief=True)
+    yield _no("block size 4096, heads 8/8", _spec(num_kv_heads=8, block_size=4096), brief=True)
     yield _no("head size 64, not padded", _spec(head_size=64), padded=False, brief=True)
     for heads, kv_heads in ((9, 3), (40, 10)):
         fields = {"num_heads": heads, "num_kv_heads": kv_heads}
@@ -151,11 +150,12 @@ def _ragged() -> Iterator[Row]:
     yield _no("heads 16/16 float32, not padded", _spec(**fields), padded=False, brief=True)
     fields = {"num_heads": 4, "num_kv_heads": 1, "kv_cache_dtype": "float8_e4m3fn"}
     yield _no("heads 4/1 float8 cache, not padded", _spec(**fields), padded=False)
-    yield _no("a page table too large", _spec(), sequences=2048, pages_per_seq=128, brief=True)
+    yield _no("a block table too large", _spec(), sequences=2048, pages_per_seq=128, brief=True)
 
 
 def _fused() -> Iterator[Row]:
-    yield from _types(_FLOATS, num_heads=32, num_kv_heads=8)
+    yield from _types(_FLOATS)
+    yield Row("heads 32/8", _spec(num_heads=32, num_kv_heads=8))
     yield from _batches()
     yield from _masks()
     for size in (64, 80, 192, 256, 512):
@@ -174,12 +174,14 @@ def _fused() -> Iterator[Row]:
     yield _no("dtype float16", _spec(dtype="float16"), brief=True)
     yield _no("float16 cache", _spec(kv_cache_dtype="float16"), brief=True)
     yield _no("int8 cache", _spec(kv_cache_dtype="int8"), brief=True)
+    yield _no("float32, float8_e4m3fn cache", _spec(dtype="float32", kv_cache_dtype="float8_e4m3fn"), brief=True)
     yield _no("block size 5", _spec(block_size=5), brief=True)
 
 
 def _fused64() -> Iterator[Row]:
     small = {"head_size": 64}
-    yield from _types(_FLOATS, num_heads=32, num_kv_heads=8, head_size=64)
+    yield from _types(_FLOATS, head_size=64)
+    yield Row("heads 32/8", _spec(num_heads=32, num_kv_heads=8, **small))
     yield from (row for row in _batches(head_size=64) if row.spec.writes_kv)
     yield from _masks(head_size=64)
     yield Row("sinks", _spec(sinks=True, **small), brief=True)
@@ -199,7 +201,7 @@ def verdict(row: Row) -> bool:
     return row.padded and fits and not any(kernel_named(row.kernel).refusals(row.spec))
 
 
-def program(row: Row) -> tuple[StepOptions, tuple[int, ...]]:
+def program(row: Row) -> tuple[ProgramOptions, tuple[int, ...]]:
     """Return what a row is compiled for on a TPU, and the axes of a page after its tokens."""
     spec, kernel = row.spec, kernel_named(row.kernel)
     counts = [max(1, -(-n // spec.block_size)) for n in row.seq_lens]
@@ -209,11 +211,11 @@ def program(row: Row) -> tuple[StepOptions, tuple[int, ...]]:
     packed = pack(spec, batch.view("decoder"), fused=kernel.fused, token_floor=16).shape
     if row.sequences:
         packed = replace(packed, sequences=row.sequences, pages_per_seq=row.pages_per_seq)
-    options = step_options(kernel, spec, packed)
+    options = program_options(kernel, spec, packed)
     return (options, kernel.tail(spec)) if row.padded else _unpadded(kernel, spec, options)
 
 
-def _unpadded(kernel: Kernel, spec: AttentionSpec, options: StepOptions) -> tuple[StepOptions, tuple[int, ...]]:
+def _unpadded(kernel: Kernel, spec: AttentionSpec, options: ProgramOptions) -> tuple[ProgramOptions, tuple[int, ...]]:
     heads, lanes = spec.num_kv_heads, align(spec.head_size, 8)
     options = replace(options, padded_kv_heads=heads, group=spec.group_size, lanes=lanes)
     return options, (2 * heads, lanes)

@@ -1,7 +1,7 @@
-"""The compile cell: every kernel that `tpu/pallas` would run, through the TPU's own compiler, on a machine without one.
+"""Every program that `tpu/pallas` would run, through the TPU's own compiler, on a machine without a TPU.
 
-    python -m attn_dispatch_tpu.compile_cell                        # v4, v5e, v5p, v6e, 7x: writes docs/evidence/
-    python -m attn_dispatch_tpu.compile_cell --brief --output ''    # a short matrix, printed only
+    python -m platforms.tpu.evidence.compile_check                     # v4, v5e, v5p, v6e, 7x: writes the table
+    python -m platforms.tpu.evidence.compile_check --brief --output ''    # a short matrix, printed only
 
 It fails (status 1) when the compiler refuses what the verdict accepts, takes what the verdict refuses, or copies the
 cache. What it shows is "compiled", never "ran".
@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
-from .compiling import GENERATIONS, Compiled, Target, prepare
-from .matrix import Row, program, rows, verdict
+from attn_dispatch.adapters.environment import Packages
+from platforms.tpu.evidence.compiling import GENERATIONS, Compiled, Target, prepare
+from platforms.tpu.evidence.matrix import Row, program, rows, verdict
 
 __all__ = ["Finding", "as_markdown", "main", "survey"]
+
+COMMAND = "python -m platforms.tpu.evidence.compile_check"
 
 _TEMPORARIES = 4 << 20
 
@@ -36,7 +37,10 @@ NO_ARGUMENT = {
     "returns_lse": ("lse", "logsumexp", "residual"),
     "causal": ("causal", "is_causal"),
 }
-"""Fields that the verdict refuses because the kernel has no parameter for them, and what one would be called."""
+"""Fields that the verdict refuses because JAX's kernel has no parameter for them, and what one would be called."""
+
+BRIEF_GENERATIONS = ("v5e", "7x")
+"""In a short run, tpu-inference's kernels are compiled for these."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def survey(generation: str, brief: bool, only: str) -> list[Finding]:
     prepare()
     target, findings = Target(generation), []
     for row in rows():
-        if (row.brief or not brief) and only in row.title:
+        left_out = brief and not (row.brief and (row.kernel == "ragged" or generation in BRIEF_GENERATIONS))
+        if only in row.title and not left_out:
             findings.append(_compile(target, row))
             print(_line(findings[-1]), flush=True)
     return findings
@@ -78,8 +83,8 @@ def survey_all(generations: Sequence[str], brief: bool, only: str, jobs: int) ->
     if jobs <= 1 or len(generations) == 1:
         return [finding for each in generations for finding in survey(each, brief, only)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        found = pool.map(survey, generations, repeat(brief), repeat(only))
-        return [finding for findings in found for finding in findings]
+        surveys = pool.map(survey, generations, repeat(brief), repeat(only))
+        return [finding for findings in surveys for finding in findings]
 
 
 def _compile(target: Target, row: Row) -> Finding:
@@ -107,7 +112,7 @@ def _compile(target: Target, row: Row) -> Finding:
 
 
 def missing_arguments() -> dict[str, str]:
-    """Return, per field that is refused for want of a parameter, what is wrong with that (nothing: "")."""
+    """Return, per field that is refused because there is no parameter for it, what is wrong with that (nothing: "")."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     parameters = list(inspect.signature(ragged_paged_attention).parameters)
@@ -123,16 +128,15 @@ def _line(finding: Finding) -> str:
     elif finding.result is None:
         text = f"refused, as it must be: {finding.refusal[:80]}"
     else:
-        found = finding.result
-        text = (
-            f"{found.code_bytes >> 10:5} KiB code, {found.temporary_bytes >> 10} KiB temporaries, {found.seconds:.1f} s"
-        )
+        sizes = finding.result
+        text = f"{sizes.code_bytes >> 10:5} KiB code, {sizes.temporary_bytes >> 10} KiB temporaries"
+        text += f", {sizes.seconds:.1f} s"
     return f"{finding.generation:4} {finding.name:36} {text}"
 
 
 def versions() -> dict[str, str]:
-    """Return which compiler it was."""
-    return {name: version(name) for name in ("jax", "jaxlib", "libtpu")}
+    """Return which compiler it was, and whose kernels."""
+    return {name: Packages().version(name) or "none" for name in ("jax", "jaxlib", "libtpu", "tpu-inference")}
 
 
 def as_markdown(findings: Sequence[Finding], seconds: float, signature: dict[str, str]) -> str:
@@ -144,67 +148,66 @@ def as_markdown(findings: Sequence[Finding], seconds: float, signature: dict[str
     lines = [
         "# Compiled for TPUs",
         "",
-        f"`python -m attn_dispatch_tpu.compile_cell`: {used}; {len(findings)} programs in {seconds:.0f} s, without a",
-        "TPU. Each is a layer's whole step (cache update and attention), compiled ahead of time to machine code. It",
-        "shows that the compiler takes the kernel and that the cache is updated in place. Nothing here ran on a TPU.",
+        f"Made by `{COMMAND}`: {used}; {len(findings)} programs in {seconds:.0f} s,",
+        "without a TPU. Each is a layer's whole step (cache update and attention), compiled ahead of time to machine",
+        "code. It shows that the compiler takes the kernel and that the cache is updated in place. Nothing here ran on",
+        "a TPU.",
         "",
-        "A cell: machine code in KiB / temporaries in KiB / seconds to compile.",
+        "An entry: machine code in KiB / temporaries in KiB / seconds to compile.",
         "",
         "| the verdict says yes | " + " | ".join(generations) + " |",
         "|---" * (len(generations) + 1) + "|",
     ]
     refused = [name for name in names if not by[name, generations[0]].verdict]
     lines += [
-        f"| {name} | " + " | ".join(_cell(by[name, g]) for g in generations) + " |"
+        f"| {name} | " + " | ".join(_entry(by.get((name, g))) for g in generations) + " |"
         for name in names
         if name not in refused
     ]
     lines += ["", "| the verdict says no | " + " | ".join(generations) + " | the compiler |"]
     lines.append("|---" * (len(generations) + 2) + "|")
     for name in refused:
-        cells = " | ".join(_cell(by[name, g]) for g in generations)
-        lines.append(f"| {name} | {cells} | {by[name, generations[0]].refusal.replace('|', '/')[:120]} |")
+        entries = " | ".join(_entry(by.get((name, g))) for g in generations)
+        lines.append(f"| {name} | {entries} | {by[name, generations[0]].refusal.replace('|', '/')[:120]} |")
     fields = ", ".join(f"`{field}`" for field, wrong in signature.items() if not wrong)
     lines += ["", f"Refused because the kernel's signature has no parameter for it: {fields}.", ""]
     return "\n".join(lines)
 
 
-def _cell(finding: Finding) -> str:
+def _entry(finding: Finding | None) -> str:
+    if finding is None:
+        return "-"
     if finding.wrong:
         return "**WRONG**"
     if finding.result is None:
         return "refused"
-    found = finding.result
-    return f"{found.code_bytes >> 10} / {found.temporary_bytes >> 10} / {found.seconds:.1f}"
+    sizes = finding.result
+    return f"{sizes.code_bytes >> 10} / {sizes.temporary_bytes >> 10} / {sizes.seconds:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cell; return 0, or 1 when something is not as it must be."""
-    parser = argparse.ArgumentParser(
-        prog="python -m attn_dispatch_tpu.compile_cell", description=(__doc__ or "").partition("\n")[0]
-    )
+    """Compile; return 0, or 1 when something is not as it must be."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--generations", default=",".join(GENERATIONS), help="of: %(default)s")
     parser.add_argument("--brief", action="store_true", help="a short matrix")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--output", default="docs/evidence", help="folder for tpu-compile.json and .md; '' for none")
+    parser.add_argument("--output", default="docs/evidence", help="folder for tpu-compile.md; '' for none")
     parser.add_argument("--jobs", type=int, default=min(len(os.sched_getaffinity(0)), 4), help="processes")
-    given = parser.parse_args(arguments)
-    generations = given.generations.split(",")
+    choice = parser.parse_args(arguments)
+    generations = choice.generations.split(",")
     if unknown := [g for g in generations if g not in GENERATIONS]:
         parser.error(f"generation {unknown[0]!r} is none of {', '.join(GENERATIONS)}")
     began = time.monotonic()
-    findings = survey_all(generations, given.brief, given.only, given.jobs)
+    findings = survey_all(generations, choice.brief, choice.only, choice.jobs)
     signature = missing_arguments()
     seconds = time.monotonic() - began
     wrong = [f"{f.generation} {f.name}: {f.wrong}" for f in findings if f.wrong]
     wrong += [f"{field}: {text}" for field, text in signature.items() if text]
     if not findings:
-        wrong.append(f"no row is called {given.only!r}")
-    if given.output and findings:
-        folder = Path(given.output)
+        wrong.append(f"no row is called {choice.only!r}")
+    if choice.output and findings:
+        folder = Path(choice.output)
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"versions": versions(), "seconds": round(seconds), "findings": [asdict(f) for f in findings]}
-        (folder / "tpu-compile.json").write_text(json.dumps(data, indent=1) + "\n")
         (folder / "tpu-compile.md").write_text(as_markdown(findings, seconds, signature))
     print(f"{len(findings)} programs for {', '.join(generations)} in {seconds:.0f} s: {len(wrong)} not as they must be")
     for line in wrong:
