@@ -32,7 +32,7 @@ from attn_dispatch.contract import (
     KVCache,
     register_layout,
 )
-from attn_dispatch.contract.arrays import library_of
+from attn_dispatch.contract.arrays import as_library, library_of
 from attn_dispatch.contract.dtypes import dtype_name, numpy_dtype
 from attn_dispatch.dispatch import choose, verdict_of
 from attn_dispatch.errors import ArrayError, CacheError, SpecError
@@ -180,10 +180,14 @@ class Differential(Variant):
             spec = self.passes(self.spec, form)[0]
             if not backend.verdict(spec):
                 continue
+            layout = backend.layout(spec)
             try:
-                backend.layout(spec).shapes(spec.geometry, 1)
+                layout.shapes(spec.geometry, 1)
             except CacheError as error:
                 return Refusal("value_head_size", spec.value_head_size, str(error), "Use another backend")
+            if form == "four" and layout.is_joint:  # which read the keys of one cache with the values of another
+                accepts = f"in four passes layout {layout.name}, one array of keys and values, cannot be taken apart"
+                return Refusal("head_size", self.spec.head_size, accepts, "Use another backend")
             return None
         return None
 
@@ -281,15 +285,25 @@ class Differential(Variant):
         sides = [x.reshape(num_blocks, heads // 2, 2, size, width) for x in (key, value)]
         wide_key, wide_value = (concatenate([x[:, :, 0], x[:, :, 1]], 3) for x in sides)
         if isinstance(cache, KVCache):
-            cache.layout.put_logical(cache.arrays, wide_key, wide_value)
+            _put(cache, wide_key, wide_value)
             return cache
         for i, one in enumerate(cache.caches):
             values = wide_value if self.form == "two" else sides[1][:, :, i]
-            one.layout.put_logical(one.arrays, sides[0][:, :, i], values)
+            _put(one, sides[0][:, :, i], values)
         return cache
 
     def __repr__(self) -> str:
         return f"Differential({self.spec}, form={self.form!r}, backend={self.backend.name})"
+
+
+def _put(cache: KVCache, key: Array, value: Array) -> None:
+    """Write logical keys and values into a whole cache."""
+    if library_of(key) != "jax":
+        cache.layout.put_logical(cache.arrays, key, value)
+        return
+    arrays = {name: np.array(array) for name, array in cache.arrays.items()}  # JAX's own are not written
+    cache.layout.put_logical(arrays, np.asarray(key), np.asarray(value))
+    cache.arrays.update({name: as_library(array, "jax") for name, array in arrays.items()})
 
 
 def reference_cache(array: Array, owner: Backend) -> KVCache:
@@ -307,7 +321,9 @@ def _half(x: Array, side: int) -> Array:
     if x is None:
         return None
     picked = x[:, :, side]
-    return picked.contiguous() if library_of(picked) == "torch" else module_of(picked).ascontiguousarray(picked)
+    if library_of(picked) == "jax":
+        return picked  # whose arrays have no strides
+    return picked.contiguous() if library_of(picked) == "torch" else np.ascontiguousarray(picked)
 
 
 def _cast(x: Array, dtype: str) -> Array:

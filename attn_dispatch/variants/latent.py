@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from attn_dispatch.attention import Attention, attention
-from attn_dispatch.backend import Backend
+from attn_dispatch.backend import Backend, Refusal
 from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, KVCache
 from attn_dispatch.contract.arrays import permute
 from attn_dispatch.dispatch import choose, verdict_of
@@ -75,7 +75,9 @@ class Latent(Variant):
             scale=scale,
         )
         alias = replace(view, value_head_size=width)
-        self.backend = choose([(view, alias)], backend, purpose="Latent")
+        self.backend = choose(
+            [(view, alias)], backend, purpose="Latent", refuses=lambda other: _refuses_views(other, view, alias)
+        )
         verdict = verdict_of(self.backend, view)
         self.note = self._why_not(attention(view, self.backend)) if verdict else str(verdict)
         self.values_are = "alias" if self.note else "view"
@@ -156,3 +158,13 @@ class Latent(Variant):
 
     def __repr__(self) -> str:
         return f"Latent({self.spec}, backend={self.backend.name}, values_are={self.values_are!r})"
+
+
+def _refuses_views(backend: Backend, *specs: AttentionSpec) -> Refusal | None:
+    """Refuse a backend whose layout has no array of keys, of which the values are a view."""
+    spec = next(spec for spec in specs if backend.verdict(spec))
+    layout = backend.layout(spec)
+    if not layout.is_joint:
+        return None
+    accepts = f"values that are its keys need arrays of their own, and layout {layout.name} has one array for both"
+    return Refusal("value_head_size", spec.value_head_size, accepts, "Use another backend")
