@@ -75,8 +75,7 @@ class HostBatch:
         queries, keys = view.query_lens[asking].astype(np.int32), view.kv_lens[asking].astype(np.int32)
         if paged:
             lens = np.where(keys == 0, queries, keys).astype(np.int32)  # read from block 0, which every cache has
-            reach = -(-lens.max(initial=1).astype(np.int64) // tile) * tile
-            tables = _columns(view.side.table[asking], int(-(-reach // spec.block_size)))
+            tables = _columns(view.side.table[asking], _blocks(int(lens.max(initial=1)), spec.block_size, tile))
         else:
             lens = np.diff(view.new_start_loc)[asking].astype(np.int32)
             tables = np.zeros((len(lens), 0), np.int32)
@@ -123,14 +122,19 @@ class HostBatch:
             max_keys=int(lens.max(initial=0)),
         )
 
-    def fixed(self, max_seq_len: int, block_size: int) -> HostBatch:
-        """Return the batch in shapes that depend on a fixed plan's capacity and query rows alone."""
+    def fixed(self, max_seq_len: int, block_size: int, tile: int = 1) -> HostBatch:
+        """Return the batch in shapes that depend on a fixed plan's capacity and query rows alone; see `of`."""
         return replace(
             self,
-            tables=_columns(self.tables, -(-max_seq_len // block_size)),
+            tables=_columns(self.tables, _blocks(max_seq_len, block_size, tile)),
             idle=np.zeros(self.num_tokens, np.bool_) if self.idle is None else self.idle,
             max_keys=max_seq_len,
         )
+
+
+def _blocks(tokens: int, block_size: int, tile: int) -> int:
+    """Return how many blocks hold tokens, counted in whole tiles."""
+    return -(-(-(-tokens // tile) * tile) // block_size)
 
 
 def _columns(tables: I32, width: int) -> I32:

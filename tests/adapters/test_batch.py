@@ -145,6 +145,13 @@ def test_a_fixed_batch_has_the_shapes_of_its_capacity() -> None:
     assert found.max_keys == 64
 
 
+def test_a_fixed_batchs_tables_cover_whole_tiles_too() -> None:
+    """A kernel that looks up tiles of 48 tokens reads table entries up to the capacity's last tile."""
+    batch = ad.AttentionMetadata.build([1, 1], [5, 33], [[4], [2, 3, 1]], BLOCK)
+    for capacity, blocks in ((48, 3), (49, 6), (64, 6)):
+        assert host(batch).fixed(capacity, BLOCK, tile=48).tables.shape == (2, blocks)
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(batch=batches())

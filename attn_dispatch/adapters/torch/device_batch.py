@@ -179,7 +179,7 @@ class DeviceBatch:
         spec = self.spec
         host = HostBatch.of(view, spec, paged=self.paged, tile=self._tile)
         if self.max_seq_len is not None:
-            host = host.fixed(self.max_seq_len, spec.block_size)
+            host = host.fixed(self.max_seq_len, spec.block_size, self._tile)
         arrays: Arrays = {
             "query_start": host.query_start,
             "key_start": host.key_start,
