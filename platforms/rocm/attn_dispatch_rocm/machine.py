@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
-from importlib.machinery import PathFinder
-from pathlib import Path
+from dataclasses import dataclass, field
 
+from attn_dispatch.adapters.environment import Packages
 from attn_dispatch.backend import Availability
 from attn_dispatch.errors import EnvironmentVariableError
 from attn_dispatch.hardware import Platform
@@ -26,15 +22,15 @@ _TARGET = re.compile(r"gfx[0-9a-f]{3,5}")
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine, and where its Python looks for packages.
+    """A machine, and the packages that its Python can import.
 
     Attributes:
         platform: what `attn_dispatch.hardware.detect` found.
-        search: folders in which packages are looked for (None: `sys.path`).
+        packages: what its Python can import.
     """
 
     platform: Platform
-    search: Sequence[str] | None = None
+    packages: Packages = field(default_factory=Packages)
 
     @property
     def gpus(self) -> list[str]:
@@ -51,32 +47,19 @@ class Machine:
         if (text := os.environ.get(TARGET_VARIABLE)) is not None:
             if not _TARGET.fullmatch(text.strip()):
                 raise EnvironmentVariableError(
-                    f"{TARGET_VARIABLE}={text!r} is no target, as in {TARGET_VARIABLE}=gfx942"
+                    f"{TARGET_VARIABLE}={text!r} is not a target, as in {TARGET_VARIABLE}=gfx942"
                 )
             return (text.strip(),)
-        found = {device.facts.get("gfx", "") for device in self.platform.devices if device.kind == "amd"}
-        return () if "" in found else tuple(sorted(found))
-
-    def locations(self, module: str) -> list[Path]:
-        """Return the folders of a top-level package (or the file of a module), without importing it."""
-        spec = PathFinder.find_spec(module, None if self.search is None else list(self.search))
-        if spec is None:
-            return []
-        if spec.submodule_search_locations is not None:
-            return [Path(folder) for folder in spec.submodule_search_locations]
-        return [] if spec.origin is None else [Path(spec.origin)]
-
-    def version(self, distribution: str) -> str | None:
-        """Return the version of an installed distribution."""
-        path = sys.path if self.search is None else list(self.search)
-        found = next(iter(metadata.distributions(name=distribution, path=path)), None)
-        return found.version if found else None
+        targets = {device.facts.get("gfx", "") for device in self.platform.devices if device.kind == "amd"}
+        return () if "" in targets else tuple(sorted(targets))
 
     def needs_torch(self) -> Availability | None:
         """Say what is missing before any vendor's kernels matter: a GPU, and a torch that was built for it."""
         if not self.gpus:
-            return Availability(False, "no AMD GPU here (/dev/kfd has no node with simd_count > 0)", self._other())
-        if not self.locations("torch"):
+            return Availability(
+                False, "no AMD GPU here (/dev/kfd has no node with simd_count > 0)", self._other_build()
+            )
+        if not self.packages.folders("torch"):
             return Availability(False, "torch is not installed", _TORCH)
         build = str(self.platform.facts.get("torch_flavor") or "unknown")
         if not build.startswith("rocm"):
@@ -87,7 +70,7 @@ class Machine:
             return Availability(False, f"the target of {self.gpus[0]} is not known", remedy)
         return None
 
-    def _other(self) -> str:
+    def _other_build(self) -> str:
         """What to do where the installed torch is for AMD GPUs, and the machine's are others."""
         build = str(self.platform.facts.get("torch_flavor") or "")
         nvidia = [str(device) for device in self.platform.devices if device.kind == "nvidia"]

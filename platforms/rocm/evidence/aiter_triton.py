@@ -126,13 +126,13 @@ def compiling() -> Iterator[list[Compiled]]:
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
-    found: list[Compiled] = []
+    compiled: list[Compiled] = []
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         began = time.monotonic()
         kernel = launch(self, *args, grid=grid, warmup=True, **named)
         counts = dict(re.findall(r"^\s*\.(\w+_count):\s+(\d+)", kernel.asm["amdgcn"], re.MULTILINE))
-        found.append(
+        compiled.append(
             Compiled(
                 self.fn.__name__,
                 int(counts["vgpr_count"]),
@@ -146,6 +146,6 @@ def compiling() -> Iterator[list[Compiled]]:
 
     JITFunction.run = compile_only
     try:
-        yield found
+        yield compiled
     finally:
         JITFunction.run = launch

@@ -40,10 +40,10 @@ def cases_for(name: str) -> list[Case]:
     """Return the kit's cases as a backend is asked them."""
     if name not in PAGES:
         return list(CASES)
-    from .signature_check import fitted
+    from .signature_check import adapt_case
 
     return [
-        replace(fitted(case, page), name=f"{case.name}, pages of {page}")
+        replace(adapt_case(case, page), name=f"{case.name}, pages of {page}")
         for page in PAGES[name]
         for case in CASES
         if page == PAGES[name][0] or not case.feature.startswith("block size")
@@ -115,7 +115,8 @@ def _programs() -> list[dict[str, Any]]:
 
     here = Machine(ad.platform)
     targets = [aiter_triton.TARGETS[name] for name in here.targets if name in aiter_triton.TARGETS]
-    return [p for folder in here.locations("aiter")[:1] for target in targets for p in resources(target, folder.parent)]
+    folders = [folder.parent for folder in here.packages.folders("aiter")[:1]]
+    return [program for folder in folders for target in targets for program in resources(target, folder)]
 
 
 def _triton_programs() -> Any:
@@ -197,12 +198,12 @@ def main(arguments: list[str] | None = None) -> int:
     files = write(report, Path(options.output), stem)
     failed = [row["backend"] for row in report["rows"] if any(entry["state"] == "FAILED" for entry in row["entries"])]
     for row in report["rows"]:
-        print(f"{row['backend']}: {_said(row)}")
+        print(f"{row['backend']}: {_states(row)}")
     print(f"written: {', '.join(map(str, files))}. Now: python docs/make_support.py, and a pull request with both")
     return 1 if failed else 0
 
 
-def _said(row: dict[str, Any]) -> str:
+def _states(row: dict[str, Any]) -> str:
     if not row["available"]:
         return f"not run: {row['reason']}"
     states = [entry["state"] for entry in row["entries"]]

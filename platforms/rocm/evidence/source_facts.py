@@ -1,4 +1,4 @@
-"""What verdicts rest upon, each held against the vendor's real sources: a release that changes one fails a test.
+"""What verdicts rest upon, each looked up in the vendor's real sources: a release that changes one fails a test.
 
 A fact is a statement and a pattern that must be found in a file of the package (or must not).
 """
@@ -9,8 +9,6 @@ import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from .signatures import functions
 
 __all__ = ["FACTS", "Fact"]
 
@@ -28,7 +26,7 @@ class Fact:
     """One statement about a vendor's package.
 
     Attributes:
-        package: of `vendors.PACKAGES`.
+        package: of `packages.PACKAGES`.
         says: the statement, for people.
         file: relative to the package's folder.
         pattern: regular expression over the file, in which a blank stands for any white space; or the name of one of
@@ -48,11 +46,17 @@ class Fact:
         return re.search(self.pattern.replace(" ", r"\s+"), file.read_text(encoding="utf-8")) is not None
 
 
+def _functions(file: Path) -> dict[str, ast.FunctionDef]:
+    """Return the top-level functions of a source file by name."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def _slopes_as_bias(file: Path) -> bool:
     """Of the operator's arguments, the one after the output is the slopes: its C++ side has the bias there."""
     (call,) = [
         node
-        for node in ast.walk(functions(file)["_mha_batch_prefill"])
+        for node in ast.walk(_functions(file)["_mha_batch_prefill"])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "mha_batch_prefill"
     ]
     names = [argument.id if isinstance(argument, ast.Name) else "" for argument in call.args]
@@ -64,10 +68,10 @@ def _slopes_as_bias(file: Path) -> bool:
 
 def _tables_unread(file: Path) -> bool:
     """No function that takes a block table does anything with it but print it."""
-    found = False
-    for function in functions(file).values():
+    takes_tables = False
+    for function in _functions(file).values():
         for name in (a.arg for a in function.args.args if "block_table" in a.arg):
-            found = True
+            takes_tables = True
             printed = {
                 id(inner)
                 for node in ast.walk(function)
@@ -77,7 +81,7 @@ def _tables_unread(file: Path) -> bool:
             uses = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name]
             if any(id(use) not in printed for use in uses):
                 return False
-    return found
+    return takes_tables
 
 
 _CHECKS = {"slopes-as-bias": _slopes_as_bias, "tables-unread": _tables_unread}

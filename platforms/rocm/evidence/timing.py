@@ -49,19 +49,19 @@ def measure(names: Iterable[str], shapes: Iterable[Shape] = SHAPES, *, device: s
 
     What a backend refuses, or fails in, is a row with its words. Block tables are permuted; a run writes its new keys.
     """
-    found = []
+    rows = []
     for shape in shapes:
         for name in names:
             row: dict[str, Any] = {"shape": shape.name, "backend": name}
             try:
-                row |= _one(name, shape, device)
+                row |= _measure(name, shape, device)
             except Exception as error:  # a vendor may raise anything; the report says so
                 row["error"] = f"{type(error).__name__}: {error}"
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
-def _one(name: str, shape: Shape, device: str) -> dict[str, Any]:
+def _measure(name: str, shape: Shape, device: str) -> dict[str, Any]:
     import torch
 
     refused = ""
@@ -92,12 +92,12 @@ def _times(run: Callable[[], Any], device: str, repeats: int = 20) -> list[float
     for _ in range(3):  # what is compiled at the first call is not measured
         run()
     if device == "cpu":
-        found = []
+        milliseconds = []
         for _ in range(repeats):
             began = time.perf_counter()
             run()
-            found.append((time.perf_counter() - began) * 1e3)
-        return found
+            milliseconds.append((time.perf_counter() - began) * 1e3)
+        return milliseconds
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for first, last in events:
         first.record()

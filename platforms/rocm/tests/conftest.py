@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from attn_dispatch.adapters.environment import Packages
 from attn_dispatch.hardware import detect
 from attn_dispatch_rocm.machine import Machine
-from platforms.rocm.evidence.vendors import unpacked
+from platforms.rocm.evidence.packages import COMMAND, PACKAGES
 
 MakeMachine = Callable[..., Machine]
+
+COMPILED = Path(__file__).parent / "compiled"
+"""Holds a `flash_attn_2_cuda`: what the CK build installs beside its package. That it is there is all that is read."""
 
 VERSIONS = {"gfx90a": 90010, "gfx942": 90402, "gfx950": 90500, "gfx1100": 110000, "gfx1201": 120001}
 
@@ -52,14 +56,14 @@ def machine(tmp_path: Path) -> MakeMachine:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         platform = detect(root, environ={}, search=["site"])
-        return Machine(platform, [str(root / "site"), *(str(real(package)) for package in packages)])
+        return Machine(platform, Packages([str(root / "site"), *(str(real(package)) for package in packages)]))
 
     return make
 
 
 def real(package: str) -> Path:
     """Return a vendor's unpacked package, or skip."""
-    folder = unpacked(package)
-    if folder is None:
-        pytest.skip(f"not run: {package} was not fetched (python -m platforms.rocm.evidence.vendors)")
-    return folder
+    try:
+        return PACKAGES[package].needed(COMMAND)
+    except FileNotFoundError as missing:
+        return pytest.skip(f"not run: {missing}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,13 @@ import pytest
 import torch
 
 import attn_dispatch as ad
-from attn_dispatch.conformance import CASES
-from attn_dispatch.contract import LayerParameters
+from attn_dispatch.adapters.environment import Packages
+from attn_dispatch.adapters.torch.plan import DevicePlan
 from attn_dispatch.errors import BackendRefusedError, CacheError
 from attn_dispatch_rocm.aiter import AiterBackend
-from attn_dispatch_rocm.aiter_calls import CALLS
-from attn_dispatch_rocm.aiter_kernels import BATCH, DECODE, FUNCTIONS, UNIFIED, installed
-from attn_dispatch_rocm.layer import owned
-from attn_dispatch_rocm.step import RocmPlan, Step
-from platforms.rocm.evidence.signature_check import bound, checked, fitted, pretended
+from attn_dispatch_rocm.aiter_call import FUNCTIONS, AiterBatch
+from attn_dispatch_rocm.aiter_kernels import BATCH, DECODE, SIGNATURES, UNIFIED, find_installed
+from platforms.rocm.evidence.stubs import HostAiter, fake_machine, stubbed
 
 from .conftest import MakeMachine, real
 
@@ -122,47 +121,46 @@ def test_gpus_of_two_kinds_must_both_be_served(machine: MakeMachine) -> None:
 def test_the_kernel_is_chosen_by_spec_and_batch(
     fields: dict[str, Any], metadata: ad.AttentionMetadata, kernel: str
 ) -> None:
-    assert step_of(spec(**fields), metadata).call.function == kernel
+    assert batch_of(spec(**fields), metadata).kernel == kernel
 
 
 def test_a_context_that_the_decode_kernel_is_not_compiled_for() -> None:
-    backend = AiterBackend("x/y", pretended("gfx942", real("amd-aiter")))
     long = 8 * 64 * 256 + 1
     table = [list(range(-(-long // 16)))]
-    layer = spec(block_size=16)
     for tokens, kernel in ((long - 1, DECODE), (long, UNIFIED)):
         metadata = ad.AttentionMetadata.build([1], [tokens], table, 16)
-        step = backend.step(layer, RocmPlan(spec=layer, view=metadata.view("decoder")), CPU, paged=True)
-        assert step.call.function == kernel
+        assert batch_of(spec(block_size=16), metadata).kernel == kernel
+        fixed = ad.AttentionMetadata.build([1], [5], table, 16)
+        assert batch_of(spec(block_size=16), fixed, max_seq_len=tokens).kernel == kernel
 
 
 def test_a_spec_that_no_kernel_computes_is_refused_at_the_plan_too() -> None:
     with pytest.raises(BackendRefusedError, match=r"gfx942: .*block_size=48"):
-        step_of(spec(block_size=48, head_size=256), ad.AttentionMetadata.build([1], [1], [[0]], 48))
+        batch_of(spec(block_size=48, head_size=256), ad.AttentionMetadata.build([1], [1], [[0]], 48))
 
 
-def step_of(layer: ad.AttentionSpec, metadata: ad.AttentionMetadata) -> Step:
-    backend = AiterBackend("x/y", pretended("gfx942", real("amd-aiter")))
-    return backend.step(layer, RocmPlan(spec=layer, view=metadata.view(layer.kind)), CPU, paged=layer.kind != "encoder")
+def batch_of(layer: ad.AttentionSpec, metadata: ad.AttentionMetadata, max_seq_len: int | None = None) -> AiterBatch:
+    backend = HostAiter("x/y", fake_machine("gfx942", real("amd-aiter")))
+    plan = DevicePlan(spec=layer, view=metadata.view(layer.kind), max_seq_len=max_seq_len)
+    return backend.device_batch(plan, CPU, paged=layer.kind != "encoder")
 
 
 def given(layer: ad.AttentionSpec, metadata: ad.AttentionMetadata, *, lse: bool = False) -> dict[str, Any]:
-    """Return what the vendor's function is given, bound to its real signature."""
-    step = step_of(layer, metadata)
+    """Return what the vendor's function is given, bound to its real signature, when a layer is run."""
     own: dict[str, Any] = {"alibi_slopes": np.ones(layer.num_heads)} if layer.alibi else {}
     own |= {"sinks": np.ones(layer.num_heads)} if layer.sinks else {}
     if layer.kv_cache_dtype.startswith("float8"):
         own |= {"k_scale": 0.5}
-    q = torch.zeros(metadata.num_tokens, layer.num_heads, layer.head_size, dtype=torch.bfloat16)
-    stored = getattr(torch, layer.kv_cache_dtype)
-    cache = [
-        torch.zeros(8, layer.block_size, layer.num_kv_heads, n, dtype=stored)
-        for n in (layer.head_size, layer.value_head_size)
-    ]
-    out = torch.empty(metadata.num_tokens, layer.num_heads, layer.value_head_size, dtype=torch.bfloat16)
-    mine = owned(LayerParameters(layer, **own), CPU)
-    arguments = step.call.arguments(step, q, *cache, mine, out, lse=lse)
-    return dict(bound(step.call, real("amd-aiter")).bind(**arguments).arguments)
+    attn = ad.attention(layer, HostAiter("x/y", fake_machine("gfx942", real("amd-aiter"))), **own)
+    seen: list[dict[str, Any]] = []
+    widths = ((layer.num_heads, layer.head_size), (layer.num_kv_heads, layer.head_size))
+    widths += ((layer.num_kv_heads, layer.value_head_size),)
+    q, k, v = (torch.zeros(metadata.num_tokens, *width, dtype=torch.bfloat16) for width in widths)
+    with stubbed(real("amd-aiter"), before=lambda name, arguments: seen.append(arguments)):
+        cache = attn.allocate(8) if layer.kind != "encoder" else None
+        attn.run(attn.plan(metadata), q, k, v, cache, return_lse=lse)
+    (arguments,) = seen
+    return arguments
 
 
 @pytest.mark.interface
@@ -206,50 +204,100 @@ def test_mha_batch_prefill_is_given() -> None:
     assert found["k"].shape == (512, 2, 128)
     assert (found["causal"], found["window_size"], found["return_lse"]) == (False, (20, 3), True)
     assert "alibi_slopes" not in found
-    encoded = ad.AttentionMetadata.build([5, 9], [5, 9])
-    rows = torch.zeros(14, 2, 128, dtype=torch.bfloat16)
-    step = step_of(spec(kind="encoder"), encoded)
-    mine = owned(LayerParameters(spec(kind="encoder")), CPU)
-    arguments = step.call.arguments(step, torch.zeros(14, 8, 128), rows, rows, mine, torch.empty(0), lse=False)
-    assert arguments["k"] is rows
-    assert arguments["kv_page_indices"][:14].tolist() == list(range(14))
+    found = given(spec(kind="encoder"), ad.AttentionMetadata.build([5, 9], [5, 9]))
+    assert found["k"].shape == (14, 2, 128)
+    assert found["kv_page_indices"].tolist() == [*range(14), *[0] * 256]
+
+
+def test_slots_of_keys_in_a_fixed_plan() -> None:
+    """Their number depends on the capacity alone: 2 sequences of at most 80 tokens, and two tiles."""
+    layer = spec(returns_lse=True, block_size=16)
+    batch = batch_of(layer, ad.AttentionMetadata.build([1, 1], [18, 3], [[3, 1], [5]], 16), max_seq_len=80)
+    slots = batch.key_slots
+    assert slots is not None
+    assert slots.tolist()[:21] == [*range(48, 64), 16, 17, 80, 81, 82]
+    assert slots.shape == (2 * 80 + 256,)
+    later = ad.AttentionMetadata.build([1, 1], [80, 0], [[3, 1, 0, 2, 4], []], 16)
+    batch.renew(batch.prepare(later.view("decoder")))
+    expected = [*range(48, 64), *range(16, 32), *range(16), *range(32, 48), *range(64, 80), 0]
+    assert slots.tolist()[:81] == expected
+    assert not slots[81:].any()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kernel"), [({}, DECODE), ({"sinks": True}, UNIFIED), ({"returns_lse": True}, BATCH)], ids=str
+)
+def test_fixed_plans(fields: dict[str, Any], kernel: str) -> None:
+    """Renewed, they give what plans made for each batch give; addresses and shapes of arguments stay."""
+    layer = spec(block_size=16, num_heads=4, num_kv_heads=2, head_size=64, **fields)
+    own = {"sinks": np.ones(4, np.float32)} if layer.sinks else {}
+    backend = HostAiter("x/y", fake_machine("gfx942", real("amd-aiter")))
+    attn = ad.attention(layer, backend, **own)
+    caches = [attn.allocate(16) for _ in range(2)]
+    tables = [list(range(s * 5, s * 5 + 5)) for s in range(3)]
+
+    def batch(lens: list[int]) -> ad.AttentionMetadata:
+        used = [table[: -(-n // 16)] for table, n in zip(tables, lens, strict=True)]
+        slots = [table[(n - 1) // 16] * 16 + (n - 1) % 16 if n else -1 for table, n in zip(tables, lens, strict=True)]
+        return ad.AttentionMetadata.build([1] * 3, lens, used, 16, slot_mapping=slots)
+
+    seen: list[tuple[str, dict[str, Any]]] = []
+    fixed = backend.fixed_plan(layer, batch([20, 1, 70]), 80)
+    torch.manual_seed(0)
+    with stubbed(real("amd-aiter"), before=lambda *entered: seen.append(entered)):
+        for lens in ([20, 1, 70], [21, 0, 71], [22, 5, 80], [0, 0, 0]):
+            inputs = [torch.randn(3, n, 64, dtype=torch.bfloat16) for n in (4, 2, 2)]
+            fixed.renew(batch(lens))
+            one = attn.run(fixed, *inputs, caches[0])
+            two = attn.run(attn.plan(batch(lens)), *inputs, caches[1])
+            torch.testing.assert_close(one, two)
+            assert torch.equal(caches[0].key, caches[1].key)
+    of_fixed = [arguments for name, arguments in seen[::2] if name == kernel]
+    assert len(of_fixed) == 4
+    for name, first in of_fixed[0].items():
+        if isinstance(first, torch.Tensor) and name not in ("q", "query", "out"):
+            assert {(x[name].data_ptr(), x[name].shape) for x in of_fixed} == {(first.data_ptr(), first.shape)}, name
+        elif not isinstance(first, torch.Tensor):
+            assert {x[name] for x in of_fixed} == {first}, name
 
 
 def test_what_the_batch_prefill_cannot_reach_is_refused() -> None:
     """With 2 key heads of 128, 2^31 elements are 8,388,607 slots; the plan is made, the run is refused."""
-    layer = spec(returns_lse=True)
+    cache = HostAiter("x/y").zeros((1,), "float32", None)  # never looked at
     for block, fits in ((131070, True), (131071, False), (2**30, False)):
-        step = step_of(layer, ad.AttentionMetadata.build([1], [1], [[block]], 64))
-        assert step.call.function == BATCH
+        batch = batch_of(spec(returns_lse=True), ad.AttentionMetadata.build([1], [1], [[block]], 64))
+        assert batch.kernel == BATCH
         if fits:
-            step.call.check(step)
+            FUNCTIONS[BATCH].check_reach(batch, cache)
         else:
             with pytest.raises(CacheError, match="here 8388607 slots"):
-                step.call.check(step)
-    step = step_of(spec(), ad.AttentionMetadata.build([1], [1], [[2**30]], 64))
-    assert step.call.function == UNIFIED
-    step.call.check(step)
+                FUNCTIONS[BATCH].check_reach(batch, cache)
+    batch = batch_of(spec(), ad.AttentionMetadata.build([1], [1], [[2**30]], 64))
+    assert batch.kernel == UNIFIED
+    FUNCTIONS[UNIFIED].check_reach(batch, cache)
 
 
-@pytest.mark.interface
-def test_every_accepted_case_of_the_kit_binds() -> None:
-    folder = real("amd-aiter")
-    backend = AiterBackend("x/aiter", pretended("gfx942", folder))
-    seen: dict[str, int] = {}
-    for case in (fitted(case, page) for case in CASES for page in (16, 64)):
-        if backend.verdict(case.spec):
-            checked(backend, case, folder)
-            layer = case.spec
-            name = step_name(backend, case)
-            seen[name] = seen.get(name, 0) + 1
-            assert layer.dtype != "float32"
-    assert seen.keys() == {UNIFIED, DECODE, BATCH}
+def test_a_run_that_does_not_reach_its_cache_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attn_dispatch_rocm import aiter_call
 
-
-def step_name(backend: AiterBackend, case: Any) -> str:
-    from platforms.rocm.evidence.signature_check import prepared
-
-    return prepared(backend, case)[0].call.function
+    layer = spec(returns_lse=True)
+    backend = HostAiter("x/y", fake_machine("gfx942", real("amd-aiter")))
+    attn = ad.attention(layer, backend)
+    cache, rows = attn.allocate(4), [torch.ones(1, n, 128, dtype=torch.bfloat16) for n in (8, 2, 2)]
+    batches = [ad.AttentionMetadata.build([1], [1], [[block]], 64) for block in (1, 3)]
+    monkeypatch.setattr(aiter_call, "_INT32_MAX", 3 * 64 * 2 * 128)  # the first three blocks
+    with stubbed(real("amd-aiter")):
+        attn.run(attn.plan(batches[0]), *rows, cache)
+        before = cache.key.clone()
+        with pytest.raises(CacheError, match="reaches slot 255"):
+            attn.run(attn.plan(batches[1]), *rows, cache)
+        # A graph that is replayed may reach every block of the cache.
+        with pytest.raises(CacheError, match="reaches slot 255"):
+            attn.run(backend.fixed_plan(layer, batches[0], 64), *rows, cache)
+        assert torch.equal(cache.key, before)
+        small = attn.allocate(3)
+        attn.run(backend.fixed_plan(layer, batches[0], 64), *rows, small)
+        assert small.key.any()
 
 
 @pytest.mark.interface
@@ -257,15 +305,16 @@ def test_another_release_is_refused_with_words(machine: MakeMachine, tmp_path: P
     """Its batch prefill is told pages instead of slots: what is called by the old meaning would read other keys."""
     other = tmp_path / "other"
     shutil.copytree(real("amd-aiter") / "aiter", other / "aiter")
-    file = other / "aiter" / FUNCTIONS[BATCH][0]
+    file = other / "aiter" / SIGNATURES[BATCH][0]
     text = file.read_text()
     at = text.index("def mha_batch_prefill_func(")
     file.write_text(text[:at] + text[at:].replace("    out=None,\n", "    out=None,\n    kv_last_page_lens=None,\n", 1))
     pretend = machine("gfx942")
-    found = type(pretend)(pretend.platform, [*pretend.search, str(other)])
-    (one,) = [installed(found)]
-    assert one is not None
-    assert set(one.lacks) == {BATCH}
+    search = [str(root) for root in (pretend.packages.search or ())]
+    found = replace(pretend, packages=Packages([*search, str(other)]))
+    package = find_installed(found.packages)
+    assert package is not None
+    assert set(package.lacks) == {BATCH}
     backend = AiterBackend("x/y", found)
     assert backend.verdict(spec())  # unified_attention is the same
     for fields in ({"causal": False}, {"kind": "cross"}, {"returns_lse": True}):
@@ -274,8 +323,8 @@ def test_another_release_is_refused_with_words(machine: MakeMachine, tmp_path: P
         assert "pip install amd-aiter==0.1.7.post2.dev18" in refused
     less = tmp_path / "less"
     shutil.copytree(real("amd-aiter") / "aiter", less / "aiter")
-    (less / "aiter" / FUNCTIONS[UNIFIED][0]).unlink()
-    without = AiterBackend("x/y", type(pretend)(pretend.platform, [*pretend.search, str(less)]))
+    (less / "aiter" / SIGNATURES[UNIFIED][0]).unlink()
+    without = AiterBackend("x/y", replace(pretend, packages=Packages([*search, str(less)])))
     assert without.verdict(spec())  # the batch prefill serves
     assert "unified_attention.py" in str(without.verdict(spec(head_size=256)))
 
@@ -335,5 +384,5 @@ def test_the_target_can_be_said(machine: MakeMachine, monkeypatch: pytest.Monkey
 
 
 def test_the_table_of_calls_is_whole() -> None:
-    assert CALLS.keys() == FUNCTIONS.keys()
-    assert all(call.function == name for name, call in CALLS.items())
+    assert FUNCTIONS.keys() == SIGNATURES.keys()
+    assert all(function.name == name for name, function in FUNCTIONS.items())

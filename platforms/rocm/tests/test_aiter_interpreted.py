@@ -15,25 +15,22 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from attn_dispatch.adapters.batch import HostBatch
 from attn_dispatch.backend import Availability, Refusal, Verdict
 from attn_dispatch.conformance import CASES, BackendConformance, Case, check_mutations, run_case
 from attn_dispatch.contract import AttentionSpec
 from attn_dispatch_rocm.aiter import AiterBackend
-from attn_dispatch_rocm.aiter_calls import Unified
-from attn_dispatch_rocm.aiter_kernels import UNIFIED, installed, refusals
-from attn_dispatch_rocm.batch import Batch
+from attn_dispatch_rocm.aiter_call import FUNCTIONS
+from attn_dispatch_rocm.aiter_kernels import UNIFIED, refusals_of
 from platforms.rocm.evidence import aiter_triton
-from platforms.rocm.evidence.signature_check import pretended
-from platforms.rocm.evidence.vendors import unpacked
+from platforms.rocm.evidence.packages import AITER, COMMAND
+from platforms.rocm.evidence.stubs import fake_machine
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("not run: set TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="not run: needs triton")
-FOLDER = unpacked("amd-aiter")
-if FOLDER is None:
-    pytest.skip(
-        "not run: amd-aiter was not fetched (python -m platforms.rocm.evidence.vendors)", allow_module_level=True
-    )
+if not AITER.path.exists():
+    pytest.skip(f"not run: amd-aiter was not fetched ({COMMAND})", allow_module_level=True)
 
 TARGET = "gfx942"
 
@@ -43,40 +40,34 @@ class Interpreted(AiterBackend):
 
     device_type = "cpu"
 
-    def default_device(self) -> torch.device:
-        return torch.device("cpu")
-
     def probe(self) -> Availability:
         return Availability(True, "AITER's Triton kernel, interpreted", evidence="simulated on CPU")
 
     def verdict(self, spec: AttentionSpec) -> Verdict:
-        found = installed(self.machine)
-        assert found is not None
+        package = self.installed
+        assert package is not None
         if "bfloat16" in (spec.dtype, spec.kv_cache_dtype):
             return self.refuse(Refusal("dtype", spec.dtype, "Triton's interpreter multiplies bfloat16 wrongly"))
         if spec.dtype == "float32" and spec.kv_cache_dtype == "float16":
             return self.refuse(Refusal("kv_cache_dtype", spec.kv_cache_dtype, "float32 stands for float16 here"))
         stored = "float16" if spec.kv_cache_dtype == spec.dtype else spec.kv_cache_dtype
         layer = replace(spec, dtype="float16", kv_cache_dtype=stored) if spec.dtype == "float32" else spec
-        return self.refuse(*refusals(found, UNIFIED, TARGET, layer))
+        return self.refuse(*refusals_of(package, UNIFIED, TARGET, layer))
 
-    def kernel(self, spec: AttentionSpec, target: str, batch: Batch) -> str:
+    def kernel(self, spec: AttentionSpec, target: str, host: HostBatch) -> str:
         return UNIFIED
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernel() -> Iterator[None]:
     """AITER's module, as it is on the target."""
-    from attn_dispatch_rocm import calls
-
-    assert FOLDER is not None
-    with aiter_triton.load(FOLDER, aiter_triton.TARGETS[TARGET]) as module:
-        calls._loaded[Unified.module, UNIFIED] = module.unified_attention
+    with aiter_triton.load(AITER.path, aiter_triton.TARGETS[TARGET]) as module:
+        FUNCTIONS[UNIFIED].__dict__["function"] = module.unified_attention
         yield
-        del calls._loaded[Unified.module, UNIFIED]
+        del FUNCTIONS[UNIFIED].__dict__["function"]
 
 
-BACKEND = Interpreted("test/aiter", pretended(TARGET, FOLDER))
+BACKEND = Interpreted("test/aiter", fake_machine(TARGET, AITER.path))
 ACCEPTED = [case for case in CASES if case.tokens <= 170 and BACKEND.verdict(case.spec)]
 
 
@@ -133,3 +124,27 @@ def test_a_long_context_is_split(kernel: None) -> None:
         found = attn.run(attn.plan(batch), q, k, v, cache)
         expected = exact.run(exact.plan(batch), q.numpy(), k.numpy(), v.numpy(), other)
         assert np.abs(found.numpy() - expected).max() < 1e-5
+
+
+def test_a_fixed_plan_is_renewed(kernel: None) -> None:
+    """Its table covers the kernel's whole tiles: 100 tokens are looked up as 128."""
+    import attn_dispatch as ad
+
+    spec = ad.AttentionSpec(num_heads=2, num_kv_heads=1, head_size=16, dtype="float16", block_size=16)
+    attn = ad.attention(spec, BACKEND)
+    caches = [attn.allocate(14) for _ in range(2)]
+    torch.manual_seed(0)
+
+    def batch(lens: list[int]) -> ad.AttentionMetadata:
+        tables = [list(range(7 * s, 7 * s + -(-n // 16))) for s, n in enumerate(lens)]
+        slots = [table[-1] * 16 + (n - 1) % 16 if n else -1 for n, table in zip(lens, tables, strict=True)]
+        return ad.AttentionMetadata.build([1, 1], lens, tables, 16, slot_mapping=slots)
+
+    fixed = BACKEND.fixed_plan(spec, batch([20, 1]), 100)
+    for lens in ([20, 1], [21, 0], [100, 2]):
+        inputs = [torch.randn(2, n, 16, dtype=torch.float16) for n in (2, 1, 1)]
+        fixed.renew(batch(lens))
+        torch.testing.assert_close(
+            attn.run(fixed, *inputs, caches[0]), attn.run(attn.plan(batch(lens)), *inputs, caches[1])
+        )
+        assert torch.equal(caches[0].key, caches[1].key)

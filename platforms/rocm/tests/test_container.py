@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 from attn_dispatch_rocm.flash_attention import TARGETS
-from platforms.rocm.evidence.vendors import PACKAGES
+from platforms.rocm.evidence.packages import PACKAGES
 
 FOLDER = Path(__file__).parents[1]
 ROOT = FOLDER.parents[1]
@@ -15,7 +15,7 @@ TEXT = (FOLDER / "Dockerfile").read_text()
 
 
 def test_its_pins_are_those_that_calls_are_written_for() -> None:
-    wanted = {requirement for requirement, _ in PACKAGES.values()}
+    wanted = {package.requirement for package in PACKAGES.values()}
     assert set(re.findall(r'"([\w-]+==[\w.]+)"', TEXT)) == wanted
     project = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]
     extras = {pin for name, pins in project["optional-dependencies"].items() if name != "test" for pin in pins}

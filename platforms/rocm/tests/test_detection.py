@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from attn_dispatch.adapters.environment import Packages
 from attn_dispatch.hardware import Platform, detect
 from attn_dispatch_rocm.machine import Machine
 
@@ -59,7 +60,7 @@ def test_targets(tmp_path: Path, version: int, target: str) -> None:
     """As LLVM's AMDGPU guide names them: major, minor and stepping, the last two as hexadecimal digits."""
     (device,) = machine(tmp_path, [CPU_NODE, gpu(version, 256)], torch=ROCM).devices
     assert device.facts["gfx"] == target
-    assert Machine(machine(tmp_path, [CPU_NODE, gpu(version, 256)], torch=ROCM)).targets == (target,)
+    assert Machine(machine(tmp_path, [CPU_NODE, gpu(version, 256)], torch=ROCM), Packages()).targets == (target,)
 
 
 def test_eight_gpus_behind_two_cpus(tmp_path: Path) -> None:
@@ -69,21 +70,21 @@ def test_eight_gpus_behind_two_cpus(tmp_path: Path) -> None:
     assert [device.facts["slot"] for device in found.devices] == [f"0000:{i:02x}:00.0" for i in range(1, 9)]
     assert [device.facts["node"] for device in found.devices] == [f"/dev/dri/renderD{128 + i}" for i in range(1, 9)]
     assert found.facts["problems"] == []
-    here = Machine(found, [str(tmp_path / "site")])
+    here = Machine(found, Packages([str(tmp_path / "site")]))
     assert (here.targets, len(here.gpus)) == (("gfx942",), 8)
 
 
 def test_two_kinds_of_gpu(tmp_path: Path) -> None:
     found = machine(tmp_path, [CPU_NODE, gpu(110000, 256), gpu(90402, 512)], torch=ROCM)
     assert found.description.startswith("1x AMD gfx1100, 1x AMD gfx942")
-    assert Machine(found).targets == ("gfx1100", "gfx942")
+    assert Machine(found, Packages()).targets == ("gfx1100", "gfx942")
 
 
 def test_a_driver_with_cpus_only(tmp_path: Path) -> None:
     found = machine(tmp_path, [CPU_NODE, CPU_NODE], torch=ROCM)
     assert (found.name, found.devices) == ("cpu", ())
     assert any("none of its 2 nodes has simd_count > 0" in problem for problem in found.facts["problems"])
-    missing = Machine(found).needs_torch()
+    missing = Machine(found, Packages([str(tmp_path)])).needs_torch()
     assert missing is not None
     assert "no AMD GPU here" in missing.reason
 
@@ -116,7 +117,7 @@ def test_wsl(tmp_path: Path) -> None:
     library.touch()
     found = machine(tmp_path, [], torch=ROCM, kfd=False)
     assert (found.name, found.devices[0].facts["wsl"]) == ("rocm", "yes")
-    assert Machine(found).targets == ()
+    assert Machine(found, Packages()).targets == ()
 
 
 def test_amdsmi_is_not_imported() -> None:
