@@ -25,9 +25,8 @@ from typing import Any
 
 import torch
 
-from attn_dispatch.conformance import CASES, Case, Row, report_text, without_hardware
-from attn_dispatch.conformance.checks import run_case
-from attn_dispatch.conformance.interface import Package
+from attn_dispatch.conformance import CASES, Case, ConformanceError, Row, report_text, run_case, without_hardware
+from attn_dispatch.conformance.interface import Package, SignatureStub
 from attn_dispatch_rocm.aiter_kernels import UNIFIED
 from attn_dispatch_rocm.backend import RocmBackend
 
@@ -55,15 +54,10 @@ def adapt_case(case: Case, page: int) -> Case:
 
 
 class _Compiler:
-    """AITER's Triton kernel, compiled for a target with the arguments of each call.
-
-    Attributes:
-        compiled: kernels compiled, counted.
-    """
+    """AITER's Triton kernel, compiled for a target with the arguments of each call."""
 
     def __init__(self, module: Any, target: aiter_triton.Target) -> None:
         self._module, self._target = module, target
-        self.compiled = 0
 
     def compile(self, name: str, arguments: Arguments) -> None:
         """Compile what a call would launch.
@@ -78,29 +72,31 @@ class _Compiler:
         for kernel in kernels:
             if kernel.lds_bytes > self._target.lds_bytes:
                 raise ValueError(f"{kernel.name} needs {kernel.lds_bytes} B of LDS, there are {self._target.lds_bytes}")
-        self.compiled += len(kernels)
 
 
-def check(backend: RocmBackend, package: Package, page: int, compiler: _Compiler | None = None) -> Row:
+def check(backend: RocmBackend, package: Package, page: int, stub: SignatureStub, compiled: bool = False) -> Row:
     """Return the row of a backend whose functions are stubs.
 
     Args:
         backend: on the host.
         package: the vendor's.
         page: tokens, for cases that are not about pages.
-        compiler: of AITER's Triton kernel; None: nothing is compiled.
+        stub: in the place of the vendors' functions.
+        compiled: AITER's Triton kernel is compiled with each call's arguments.
     """
 
     def run(case: Case) -> str:
-        before = compiler.compiled if compiler else 0
-        run_case(backend, case)
-        return "compiled" if compiler and compiler.compiled > before else "interface"
+        before = stub.calls.total()
+        run_case(backend, case, mutations=False)  # that mistakes are noticed is shown by the tests
+        if stub.calls.total() == before:
+            raise ConformanceError("the vendor was not called")
+        return "computed"
 
     name, _, version = package.requirement.partition("==")
     reason = (
         f"Calls checked against the real signatures and checks of {name} {version}, and computed by what it documents; "
         f"verdicts are those on {TARGET}. Cases take bfloat16 where the kit has float32, and pages of {page} unless "
-        "they are about pages"
+        f"they are about pages{compiled * '. Triton kernels were compiled with the arguments of each call'}"
     )
     cases = [adapt_case(case, page) for case in CASES]
     machine = f"AMD {TARGET} (not here)"
@@ -121,10 +117,10 @@ def rows(compile_too: bool) -> Iterator[Row]:
         if compile_too:
             target = aiter_triton.TARGETS[TARGET]
             compiler = _Compiler(stack.enter_context(aiter_triton.load(aiter, target)), target)
-        stack.enter_context(stubbed(aiter, flash, before=compiler.compile if compiler else lambda *_: None))
-        yield check(HostAiter("rocm/aiter", fake_machine(TARGET, aiter)), AITER, 64, compiler)
+        stub = stack.enter_context(stubbed(aiter, flash, before=compiler.compile if compiler else lambda *_: None))
+        yield check(HostAiter("rocm/aiter", fake_machine(TARGET, aiter)), AITER, 64, stub, compiler is not None)
         machine = fake_machine(TARGET, flash, Path(folder))
-        yield check(HostFlashAttention("rocm/flash-attention", machine), FLASH_ATTN, 128)
+        yield check(HostFlashAttention("rocm/flash-attention", machine), FLASH_ATTN, 128, stub)
 
 
 # (head size, page, query heads of a key head, queries, context): a decode that is split, one that is not, a prefill.

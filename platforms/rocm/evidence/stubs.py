@@ -44,7 +44,7 @@ class _OnHost:
 
     def probe(self) -> Availability:
         """It is always there."""
-        return Availability(True, "stubs of the vendor's functions", evidence="interface")
+        return Availability(True, "stubs of the vendor's functions", evidence="computed")
 
 
 class HostAiter(_OnHost, AiterBackend):
