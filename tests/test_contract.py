@@ -333,3 +333,9 @@ def test_a_batch_does_not_advance_into_what_others_read() -> None:
     newer = older.advance({0: 4})
     assert older.block_table.tolist() == [[3]]
     assert newer.block_table[0, :2].tolist() == [3, 4]
+
+
+def test_an_axis_is_not_split_by_half() -> None:
+    for axes in ("N K D/8 B", "N K B D%8"):
+        with pytest.raises(ad.errors.CacheError, match="must occur once"):
+            ad.CacheLayout("half", (("key", axes), ("value", "N K B D")))

@@ -47,7 +47,8 @@ class CacheLayout:
             whole = {letter: letters.count(letter) for letter in letters}
             splits = {a[0] for a in axes.split() if "/" in a} & {a[0] for a in axes.split() if "%" in a}
             expected = {"N", "K", "B", "D"} | (set() if name in ("key", "value") else {"2"})
-            if set(whole) != expected or any(n != (2 if letter in splits else 1) for letter, n in whole.items()):
+            halves = {a[0] for a in axes.split() if "/" in a or "%" in a} - splits
+            if halves or set(whole) != expected or any(n != (2 if i in splits else 1) for i, n in whole.items()):
                 raise CacheError(
                     f"layout {self.name}: array {name!r} has axes {axes!r}; each of N K B D must occur once"
                 )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend, Refusal
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
+from attn_dispatch.contract import AttentionMetadata, AttentionSpec
 from attn_dispatch.contract.side import I32
 from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError, SpecError
@@ -22,7 +22,18 @@ from attn_dispatch.variants.block_mask import Bools, Pattern
 from attn_dispatch.variants.head_folding import cannot_fold, fold_cache, fold_rows, folded_spec, unfold_rows
 from attn_dispatch.variants.pieces import I64, Pieces, cut, starts
 from attn_dispatch.variants.rows import put
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan, attend, refuse_fields
+from attn_dispatch.variants.variant import (
+    Group,
+    LayerOptions,
+    Pass,
+    Variant,
+    VariantCall,
+    VariantPlan,
+    attend,
+    is_scaled,
+    refuse_fields,
+    scales_of,
+)
 from attn_dispatch.variants.writing import Writer
 
 __all__ = ["BlockSparse", "BlockSparsePlan"]
@@ -56,10 +67,7 @@ class BlockSparse(Variant):
         pattern: Pattern,
         sparse_block: int | None = None,
         backend: str | Backend | None = None,
-        *,
-        sinks: Array | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        **options: Unpack[LayerOptions],
     ) -> None:
         """Choose a backend for the layer.
 
@@ -68,9 +76,7 @@ class BlockSparse(Variant):
             pattern: which blocks are kept.
             sparse_block: tokens in a block of the mask (None: the spec's block size).
             backend: the one to use (strict); None: chosen.
-            sinks: f32[H], with `spec.sinks`; only for a pattern that all heads share.
-            k_scale: see `ad.attention`.
-            v_scale: see `ad.attention`.
+            options: sinks (only with a pattern that all heads share), k_scale, v_scale: see `ad.attention`.
 
         Raises:
             SpecError: sizes that do not fit, or a field that means nothing here (a window, ALiBi: positions change).
@@ -94,13 +100,12 @@ class BlockSparse(Variant):
         self._everything = replace(head, causal=False)
         self._diagonal = head if spec.causal else self._everything
         store = replace(spec, kind="decoder", causal=True, sinks=False)
-        scaled = k_scale != 1.0 or v_scale != 1.0
+        scaled = is_scaled(options)
         needs = [self._diagonal, Writer.spec_for(store)]
         self.backend = choose(needs, backend, scaled=scaled, purpose="BlockSparse", refuses=self._refuses)
-        parameters: dict[str, Any] = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
-        self._attn = attention(self._diagonal, self.backend, **parameters)
-        self._parameters = parameters
-        self._writer: Writer = Writer(store, self.backend, k_scale=k_scale, v_scale=v_scale)
+        self._attn = attention(self._diagonal, self.backend, **options)
+        self._options = options
+        self._writer: Writer = Writer(store, self.backend, **scales_of(options))
         self._cache_attn = self._writer.attn
 
     def _refuses(self, backend: Backend) -> Refusal | None:
@@ -203,7 +208,7 @@ class BlockSparse(Variant):
         return block.astype(np.int64) * heads + pattern * heads // self._patterns
 
     def _group(self, chosen: Bools, spec: AttentionSpec, rows: I64, lens: I64, table: I32) -> Group:
-        attn = self._attn if spec == self._attn.spec else attention(spec, self.backend, **self._parameters)
+        attn = self._attn if spec == self._attn.spec else attention(spec, self.backend, **self._options)
         batch = AttentionMetadata.read_only(rows[chosen], lens[chosen], table[chosen], self.spec.block_size)
         if chosen.all():
             return Group((Pass(attn, attn.plan(batch)),))

@@ -8,17 +8,26 @@ Hydragen, arXiv 2402.05099).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
+from attn_dispatch.contract import AttentionMetadata, AttentionSpec, BatchView
 from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError
 from attn_dispatch.variants.pieces import I64, shifted
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
+from attn_dispatch.variants.variant import (
+    Group,
+    LayerOptions,
+    Pass,
+    Variant,
+    VariantPlan,
+    is_scaled,
+    refuse_fields,
+    scales_of,
+)
 
 __all__ = ["Cascade"]
 
@@ -30,19 +39,14 @@ class Cascade(Variant):
         self,
         spec: AttentionSpec,
         backend: str | Backend | None = None,
-        *,
-        sinks: Array | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        **options: Unpack[LayerOptions],
     ) -> None:
         """Choose a backend for the layer.
 
         Args:
             spec: a causal decoder without a window.
             backend: the one to use (strict); None: chosen. It has to return the log-sum-exp.
-            sinks: f32[H], with `spec.sinks`.
-            k_scale: see `ad.attention`.
-            v_scale: see `ad.attention`.
+            options: sinks, k_scale, v_scale: see `ad.attention`.
 
         Raises:
             SpecError: a field that means nothing here.
@@ -53,10 +57,10 @@ class Cascade(Variant):
         own = replace(spec, returns_lse=True)
         # The sink counts once: with each sequence's own part.
         shared = replace(own, causal=False, sinks=False, writes_kv=False)
-        scaled = k_scale != 1.0 or v_scale != 1.0
+        scaled = is_scaled(options)
         self.backend = choose([own, shared], backend, scaled=scaled, purpose="Cascade")
-        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-        self._own = attention(own, self.backend, sinks=sinks, **scales)
+        scales = scales_of(options)
+        self._own = attention(own, self.backend, **options)
         self._shared = attention(shared, self.backend, **scales)
         self._cache_attn = self._own
 

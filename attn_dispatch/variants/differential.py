@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,15 @@ from attn_dispatch.errors import ArrayError, CacheError, SpecError
 from attn_dispatch.variants.pair_cache import PairCache
 from attn_dispatch.variants.rows import concatenate, module_of, new, put
 from attn_dispatch.variants.strided import key_and_value, why_not
-from attn_dispatch.variants.variant import Variant, VariantCall, VariantPlan, check_plan, refuse_fields
+from attn_dispatch.variants.variant import (
+    Scales,
+    Variant,
+    VariantCall,
+    VariantPlan,
+    check_plan,
+    is_scaled,
+    refuse_fields,
+)
 
 __all__ = ["DIFFERENTIAL", "Differential", "Form", "reference_cache"]
 
@@ -87,8 +95,7 @@ class Differential(Variant):
         norm_epsilon: float = 1e-5,
         form: Form | None = None,
         backend: str | Backend | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        **options: Unpack[Scales],
     ) -> None:
         """Choose a backend and a form.
 
@@ -100,8 +107,7 @@ class Differential(Variant):
             norm_epsilon: of that norm.
             form: how to compute it (None: the first of one, two and four that the backend accepts).
             backend: the one to use (strict); None: chosen.
-            k_scale: see `ad.attention`.
-            v_scale: see `ad.attention`.
+            options: k_scale, v_scale: see `ad.attention`.
 
         Raises:
             SpecError: odd heads, unequal head sizes, or a field that means nothing here.
@@ -123,17 +129,16 @@ class Differential(Variant):
         self._lambda = np.asarray(lambda_full, np.float64)
         if self._lambda.shape not in ((), (spec.num_heads // 2,)):
             raise SpecError(f"lambda_full has shape {self._lambda.shape}: one number, or one per pair of heads")
-        scaled = k_scale != 1.0 or v_scale != 1.0
+        scaled = is_scaled(options)
         forms: tuple[Form, ...] = ("one", "two", "four") if form is None else (form,)
         choices = tuple(self.passes(spec, f)[0] for f in forms)
         refuses = partial(self._refuses, forms)
         self.backend = choose([choices], backend, scaled=scaled, purpose="Differential", refuses=refuses)
         self.form: Form = next(f for f in forms if verdict_of(self.backend, self.passes(spec, f), scaled))
-        scales = {"k_scale": k_scale, "v_scale": v_scale}
-        self._attns = [attention(one, self.backend, **scales) for one in self.passes(spec, self.form)]
+        self._attns = [attention(one, self.backend, **options) for one in self.passes(spec, self.form)]
         self._halves: Attention | None = None
         if self.form == "one" and verdict_of(self.backend, self.passes(spec, "two"), scaled):
-            halves = attention(self.passes(spec, "two")[0], self.backend, **scales)
+            halves = attention(self.passes(spec, "two")[0], self.backend, **options)
             if not why_not(halves, lambda num_blocks: self._half_cache(self._attns[0].allocate(num_blocks), halves, 1)):
                 self._halves = halves
 

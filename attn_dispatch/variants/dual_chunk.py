@@ -8,7 +8,7 @@ own, and one softmax goes over all of them: the passes are merged by their LSE.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
@@ -19,7 +19,16 @@ from attn_dispatch.contract.side import I64
 from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import ArrayError, MetadataError, SpecError
 from attn_dispatch.variants.pieces import cut, shifted, starts
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan, refuse_fields
+from attn_dispatch.variants.variant import (
+    Group,
+    Pass,
+    Scales,
+    Variant,
+    VariantCall,
+    VariantPlan,
+    is_scaled,
+    refuse_fields,
+)
 
 __all__ = ["ChunkPositions", "DualChunk"]
 
@@ -54,9 +63,7 @@ class DualChunk(Variant):
         chunk_tokens: int,
         trained_tokens: int,
         backend: str | Backend | None = None,
-        *,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        **options: Unpack[Scales],
     ) -> None:
         """Choose a backend for the layer.
 
@@ -65,8 +72,7 @@ class DualChunk(Variant):
             chunk_tokens: see above. (Qwen's configuration has `chunk_size - local_size`.)
             trained_tokens: see above. (Qwen's `chunk_size`.)
             backend: the one to use (strict); None: chosen. It has to return the log-sum-exp.
-            k_scale: see `ad.attention`.
-            v_scale: see `ad.attention`.
+            options: k_scale, v_scale: see `ad.attention`.
 
         Raises:
             SpecError: a field that means nothing here, or chunks that are not whole blocks.
@@ -82,11 +88,10 @@ class DualChunk(Variant):
         self.chunk_tokens, self.trained_tokens = chunk_tokens, trained_tokens
         own = replace(spec, returns_lse=True)
         back = replace(own, causal=False, writes_kv=False)
-        scaled = k_scale != 1.0 or v_scale != 1.0
+        scaled = is_scaled(options)
         self.backend = choose([own, back], backend, scaled=scaled, purpose="DualChunk")
-        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-        self._own = attention(own, self.backend, **scales)
-        self._back = attention(back, self.backend, **scales)
+        self._own = attention(own, self.backend, **options)
+        self._back = attention(back, self.backend, **options)
         self._cache_attn = self._own
 
     def positions(self, positions: I64, furthest: int | None = None) -> ChunkPositions:
@@ -158,16 +163,9 @@ class DualChunk(Variant):
         *,
         return_lse: bool = False,
     ) -> Any:
-        """Write the new keys and values, then attend.
+        """See `Variant.run`; q is three forms of the queries, [T, H, D] each, turned as `positions` says, and so is k.
 
-        Args:
-            plan: of this step.
-            q: three forms of the queries, [T, H, D] each: turned to the `intra`, `successive` and `inter` positions.
-            k: [T, K, D], turned to the `key` positions.
-            v: [T, K, Dv].
-            cache: the layer's.
-            out: [T, H, Dv] to write into.
-            return_lse: also return the log-sum-exp, natural log, f32[T, H].
+        The forms are turned to the `intra`, the `successive` and the `inter` positions, k to the `key` positions.
 
         Raises:
             ArrayError, CacheError, PlanError: before anything has been written.

@@ -12,18 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec, BatchView
+from attn_dispatch.contract import AttentionMetadata, AttentionSpec, BatchView
 from attn_dispatch.contract.side import I32
 from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError, SpecError
 from attn_dispatch.variants.pieces import I64, cut, shifted
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantPlan, refuse_fields
+from attn_dispatch.variants.variant import (
+    Group,
+    LayerOptions,
+    Pass,
+    Variant,
+    VariantPlan,
+    is_scaled,
+    refuse_fields,
+    scales_of,
+)
 from attn_dispatch.variants.writing import Writer
 
 __all__ = ["Longformer"]
@@ -56,19 +65,14 @@ class Longformer(Variant):
         self,
         spec: AttentionSpec,
         backend: str | Backend | None = None,
-        *,
-        sinks: Array | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        **options: Unpack[LayerOptions],
     ) -> None:
         """Choose a backend for the layer.
 
         Args:
             spec: a decoder with a window `(W - 1, 0)`, or an encoder with a cache and a window `(left, right)`.
             backend: the one to use (strict); None: chosen. It has to return the log-sum-exp.
-            sinks: f32[H], with `spec.sinks`: learned logits, which are not the tokens of that name.
-            k_scale: see `ad.attention`.
-            v_scale: see `ad.attention`.
+            options: sinks (learned logits, not the tokens of that name), k_scale, v_scale: see `ad.attention`.
 
         Raises:
             SpecError: no window, or a field that means nothing here.
@@ -90,13 +94,13 @@ class Longformer(Variant):
         globals_ = replace(reads, kind="decoder", causal=False, window=(-1, -1), sinks=False)
         full = replace(reads, window=(-1, -1)) if spec.causal else replace(globals_, sinks=spec.sinks)
         store = replace(spec, kind="decoder", causal=True, window=(-1, -1), sinks=False)
-        scaled = k_scale != 1.0 or v_scale != 1.0
+        scaled = is_scaled(options)
         needs = [reads, globals_, full, Writer.spec_for(store)]
         self.backend = choose(needs, backend, scaled=scaled, purpose="Longformer")
-        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-        self._window = attention(reads, self.backend, sinks=sinks, **scales)
+        scales = scales_of(options)
+        self._window = attention(reads, self.backend, **options)
         self._globals = attention(globals_, self.backend, **scales)
-        self._full = attention(full, self.backend, sinks=sinks, **scales)
+        self._full = attention(full, self.backend, **options)
         self._writer: Writer = Writer(store, self.backend, **scales)
         self._cache_attn = self._writer.attn
 

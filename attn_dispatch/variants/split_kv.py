@@ -7,18 +7,28 @@ own (so that the backend's own parallelism over sequences applies), and the part
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from attn_dispatch.attention import attention
 from attn_dispatch.backend import Backend
-from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
+from attn_dispatch.contract import AttentionMetadata, AttentionSpec
 from attn_dispatch.dispatch import choose
 from attn_dispatch.errors import MetadataError, SpecError
 from attn_dispatch.variants.pieces import shifted
 from attn_dispatch.variants.rows import concatenate, put
-from attn_dispatch.variants.variant import Group, Pass, Variant, VariantCall, VariantPlan, refuse_fields
+from attn_dispatch.variants.variant import (
+    Group,
+    LayerOptions,
+    Pass,
+    Variant,
+    VariantCall,
+    VariantPlan,
+    is_scaled,
+    refuse_fields,
+    scales_of,
+)
 
 __all__ = ["SplitKV", "SplitPlan"]
 
@@ -46,10 +56,7 @@ class SplitKV(Variant):
         spec: AttentionSpec,
         part_blocks: int,
         backend: str | Backend | None = None,
-        *,
-        sinks: Array | None = None,
-        k_scale: float = 1.0,
-        v_scale: float = 1.0,
+        **options: Unpack[LayerOptions],
     ) -> None:
         """Choose a backend for the layer.
 
@@ -57,9 +64,7 @@ class SplitKV(Variant):
             spec: a causal decoder without a window.
             part_blocks: blocks of a part, 1 or more.
             backend: the one to use (strict); None: chosen. It has to return the log-sum-exp.
-            sinks: f32[H], with `spec.sinks`.
-            k_scale: see `ad.attention`.
-            v_scale: see `ad.attention`.
+            options: sinks, k_scale, v_scale: see `ad.attention`.
 
         Raises:
             SpecError: a field that means nothing here, or no blocks.
@@ -72,10 +77,10 @@ class SplitKV(Variant):
         self.part_blocks = part_blocks
         last = replace(spec, returns_lse=True)
         part = replace(last, causal=False, sinks=False, writes_kv=False)
-        scaled = k_scale != 1.0 or v_scale != 1.0
+        scaled = is_scaled(options)
         self.backend = choose([last, part], backend, scaled=scaled, purpose="SplitKV")
-        scales: dict[str, Any] = {"k_scale": k_scale, "v_scale": v_scale}
-        self._last = attention(last, self.backend, sinks=sinks, **scales)
+        scales = scales_of(options)
+        self._last = attention(last, self.backend, **options)
         self._part = attention(part, self.backend, **scales)
         self._cache_attn = self._last
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from attn_dispatch.attention import Attention
 from attn_dispatch.backend import Backend, Plan
@@ -18,6 +18,32 @@ from attn_dispatch.variants.rows import Rows, new, put, take
 from attn_dispatch.variants.writing import Writer
 
 __all__ = ["Group", "Pass", "Variant", "VariantCall", "VariantPlan", "attend", "check_plan", "refuse_fields"]
+
+
+class Scales(TypedDict, total=False):
+    """Scales of a layer's quantised cache; see `ad.attention`."""
+
+    k_scale: float
+    v_scale: float
+
+
+class LayerOptions(Scales, total=False):
+    """What a layer has beside its spec; see `ad.attention`.
+
+    `sinks` are f32[H], learned logits, with `spec.sinks`.
+    """
+
+    sinks: Array
+
+
+def scales_of(options: LayerOptions) -> Scales:
+    """Return the scales among a layer's options."""
+    return {"k_scale": options.get("k_scale", 1.0), "v_scale": options.get("v_scale", 1.0)}
+
+
+def is_scaled(options: LayerOptions | Scales) -> bool:
+    """Tell whether a scale is not 1: a backend that ignores scales cannot run such a layer."""
+    return options.get("k_scale", 1.0) != 1.0 or options.get("v_scale", 1.0) != 1.0
 
 
 @dataclass(frozen=True, eq=False)

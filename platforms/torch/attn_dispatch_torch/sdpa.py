@@ -48,6 +48,9 @@ class SdpaBackend(TorchBackend):
         if spec.kv_cache_dtype in ("uint8", "uint4"):
             accepts = "asymmetric integers have no layout here, only in a vendor's cache"
             return self.refuse(Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, "Ask for int8 or fp8"))
+        if spec.dtype == "float64" and spec.kv_cache_dtype in ("float16", "bfloat16"):
+            accepts = "torch rounds float64 to it by way of float32, which is another number at times"
+            return self.refuse(Refusal("kv_cache_dtype", spec.kv_cache_dtype, accepts, "Ask for float64 or float32"))
         return self.accept()
 
     @property
