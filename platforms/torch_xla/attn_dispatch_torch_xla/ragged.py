@@ -18,13 +18,12 @@ from attn_dispatch.contract import Array, AttentionMetadata, AttentionSpec
 from attn_dispatch.contract.dtypes import itemsize
 from attn_dispatch.errors import CacheError
 
+from .kernel import LANES
+
 __all__ = ["RaggedBackend"]
 
 PACKAGES = {"torch_xla": "2.9.", "torch": "2.9.", "jax": "0.7."}
 """What it was written for, and what torch_xla 2.9 itself requires."""
-
-LANES = 128
-"""Elements of the kernel's heads; smaller ones are padded."""
 
 _MAX_BLOCK = 512  # two blocks of keys and values, and their scores, must fit the memory that the kernel asks for
 

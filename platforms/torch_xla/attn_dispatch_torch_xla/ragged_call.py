@@ -22,7 +22,7 @@ from attn_dispatch.backend import Call, Plan
 from attn_dispatch.contract import AttentionSpec, BatchView
 from attn_dispatch.errors import ArrayError, CacheError, PlanError
 
-from .ragged import LANES
+from .kernel import LANES
 
 __all__ = ["RaggedPlan", "arguments", "make_plan", "run", "zeros"]
 
