@@ -52,6 +52,11 @@ class ProgramOptions:
     tile_queries: int
     simulated: str = ""
 
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether the kernel takes the pages and returns them, also when nothing is written."""
+        return self.kernel != "ragged"
+
 
 def program_options(kernel: Kernel, spec: AttentionSpec, batch: BatchShape, simulated: str = "") -> ProgramOptions:
     """Return what a batch of these layers is compiled for; the same on every generation."""

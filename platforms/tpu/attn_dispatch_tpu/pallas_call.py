@@ -99,14 +99,15 @@ def step(
                 pages, k, v, plan.batch, vector, **settings
             )
         if k is None:
-            out = program("attend", compiled)(pages, q, plan.batch, vector, **settings)
+            out, kept = program("attend", compiled, options.keeps_pages)(pages, q, plan.batch, vector, **settings)
+            pages = pages if kept is None else kept
         else:
             out, pages = program("attend_and_write", compiled)(pages, q, k, v, plan.batch, vector, **settings)
     return exchange.first_rows(out, plan.num_tokens), pages
 
 
 @cache
-def program(name: str, compiled: str) -> Any:
+def program(name: str, compiled: str, donates: bool = True) -> Any:
     """Return one of `programs`, compiled for "hardware", for the simulator ("simulated"), or by the caller ("")."""
     function = getattr(programs, name)
     if not compiled:
@@ -114,7 +115,7 @@ def program(name: str, compiled: str) -> Any:
     return jax.jit(
         function,
         static_argnames=("options", "scaled"),
-        donate_argnames=() if name == "attend" else ("pages",),
+        donate_argnames=("pages",) if donates else (),
         compiler_options=simulator.COMPILER_OPTIONS if compiled == "simulated" else None,
     )
 

@@ -67,9 +67,15 @@ def write(
 
 def attend(
     pages: Array, q: Array, integers: Array, layer: Array, *, options: ProgramOptions, scaled: bool = False
-) -> Array:
-    """Attend to what the pages hold; arguments as `attend_and_write`."""
-    return _attend(pages, q, _parts(integers, options), layer, options, scaled, None)[0]
+) -> tuple[Array, Array | None]:
+    """Attend to what the pages hold; arguments as `attend_and_write`.
+
+    Returns:
+        The output, and the pages where the kernel was given them to keep (`ProgramOptions.keeps_pages`): a fused kernel
+        hands on the pages that it reads, and they would be copied first.
+    """
+    out, pages = _attend(pages, q, _parts(integers, options), layer, options, scaled, None)
+    return out, pages if options.keeps_pages else None
 
 
 def _parts(integers: Array, options: ProgramOptions) -> dict[str, Array]:

@@ -116,7 +116,7 @@ class Target:
         # Inside shard_map the kernel is lowered for the mesh's chip; by itself it would be for the CPU that JAX sees.
         whole = PartitionSpec()
         mapped = jax.shard_map(function, mesh=self._mesh, in_specs=whole, out_specs=whole, check_vma=False)
-        jitted = jax.jit(mapped, donate_argnums=(0,) if writes else ())
+        jitted = jax.jit(mapped, donate_argnums=(0,) if writes or options.keeps_pages else ())
         if options.kernel != "ragged":
             # It looks at the device that JAX runs on, which is no TPU here, for what differs between generations.
             number = int(self.generation.strip("vx")[0])
@@ -126,6 +126,6 @@ class Target:
             code_bytes=memory.generated_code_size_in_bytes,
             temporary_bytes=memory.temp_size_in_bytes,
             aliased_bytes=memory.alias_size_in_bytes,
-            cache_bytes=int(math.prod(pages) * itemsize(options.cache_dtype)) if writes else 0,
+            cache_bytes=int(math.prod(pages) * itemsize(options.cache_dtype)) if writes or options.keeps_pages else 0,
             seconds=time.monotonic() - began,
         )
