@@ -17,7 +17,6 @@ import openvino as ov
 
 from attn_dispatch.contract import Array, KVCache, LayerParameters
 from attn_dispatch.contract.arrays import as_library, as_numpy
-from attn_dispatch.contract.dtypes import numpy_dtype
 from attn_dispatch.errors import CacheError
 
 from .device_batch import DeviceBatch
@@ -38,21 +37,15 @@ def cache_tensors(cache: KVCache) -> tuple[Any, Any]:
     """Return the tensors over a cache's keys and values.
 
     Raises:
-        CacheError: an array is not what the cache says, or cannot be bound as it is.
+        CacheError: an array is not dense.
     """
     tensors = []
-    shapes = cache.layout.shapes(cache.geometry, cache.num_blocks)
     for name, size in (("key", cache.geometry.head_size), ("value", cache.geometry.value_head_size)):
         array = cache.arrays_as("numpy")[name]
-        if array.shape != shapes[name] or array.dtype != numpy_dtype(cache.geometry.dtype):
+        if not array.flags.c_contiguous:
             raise CacheError(
-                f"the cache's {name} array is {array.dtype.name} {array.shape}, but as {cache!r} says it must be "
-                f"{cache.geometry.dtype} {shapes[name]}: the op would read and write outside of it"
-            )
-        if not array.flags.c_contiguous or not array.flags.writeable:
-            raise CacheError(
-                f"OpenVINO binds a cache's memory as it is: its {name} array must be contiguous and writeable, found "
-                f"strides {array.strides} of shape {array.shape}"
+                f"OpenVINO binds a cache's memory as it is: its {name} array must be contiguous, found strides "
+                f"{array.strides} of shape {array.shape}"
             )
         shape = array.shape
         if isinstance(cache.layout, PackedLayout):
@@ -173,8 +166,6 @@ class LayerRequest:
     def _bind_argument(self, which: int, buffer: RowBuffer, array: Any) -> Any:
         """Bind q, k or v; return what must live while the request runs."""
         numpy = isinstance(array, np.ndarray)
-        if not numpy and array.is_neg():
-            array = array.resolve_neg()  # its memory holds the opposite
         if numpy and buffer.small:
             buffer.array[...] = array
             self._bind_rows(which, 0, buffer.tensor)

@@ -17,7 +17,7 @@ from attn_dispatch import AttentionSpec, Call, KVCache, LayerParameters, Plan
 from attn_dispatch.contract import Array, BatchView
 from attn_dispatch.contract.arrays import as_library, as_numpy, library_of
 from attn_dispatch.contract.dtypes import numpy_dtype, quantise
-from attn_dispatch.errors import ArrayError, BackendRefusedError, CacheError, PlanError
+from attn_dispatch.errors import BackendRefusedError, CacheError
 
 from .device_batch import DeviceBatch, Tree, cacheless_batch, paged_batch, tree_bias
 from .layer_request import BoundCache, cache_tensors
@@ -153,15 +153,11 @@ def run(call: Call, allocate: Callable[[AttentionSpec, int], KVCache]) -> Array:
         allocate: makes a cache, for a layer that has none.
 
     Raises:
-        PlanError: another backend's plan.
         ArrayError: an array is not in host memory.
         CacheError: the cache cannot be bound as it is.
     """
     plan, cache = call.plan, call.cache
-    if not isinstance(plan, PagedPlan):
-        raise PlanError(f"{BACKEND} runs plans of its own; this {type(plan).__name__} is another backend's")
-    if call.out is not None and not getattr(call.out, "is_cpu", True):
-        raise ArrayError(f"out is on {call.out.device}: {BACKEND} computes in host memory, give out on the CPU")
+    assert isinstance(plan, PagedPlan)
     if cache is None:
         if plan.cacheless is None:
             plan.cacheless = _cacheless(plan)

@@ -88,11 +88,15 @@ def test_the_same_memory_with_other_numbers(layer: Layer, library: str) -> None:
 
 @pytest.mark.parametrize("library", ["torch", "numpy"])
 def test_an_output_that_is_the_query(layer: Layer, library: str) -> None:
+    """Refused by the core; and through memory that two torch storages share, which it does not see, it is right."""
     for seed in range(3):
         q, k, v = (torch.from_numpy(x) if library == "torch" else x for x in layer.arrays(3, seed))
-        found, expected = layer.run(q, k, v, out=q)
-        assert found is q
-        assert near(found, expected)
+        with pytest.raises(ArrayError, match="out and q overlap"):
+            layer.run(q, k, v, out=q)
+        if library == "torch":
+            room = np.concatenate([np.zeros_like(q.numpy())[:1], q.numpy()])
+            found, expected = layer.run(torch.from_numpy(room[1:]), k, v, out=torch.from_numpy(room)[1:])
+            assert near(found, expected)
 
 
 @pytest.mark.parametrize("library", ["torch", "numpy"])
@@ -119,7 +123,7 @@ def test_an_output_on_another_device(layer: Layer) -> None:
     """Its address means nothing to this process: writing there ended it."""
     q, k, v = (torch.from_numpy(x) for x in layer.arrays(3, 0))
     heads, size = layer.spec.num_heads, layer.spec.head_size
-    with pytest.raises(ArrayError, match=r"^out .*meta"):
+    with pytest.raises(ArrayError, match="out on meta"):
         layer.run(q, k, v, out=torch.empty((3, heads, size), device="meta"))
     assert near(*layer.run(q, k, v))
 
