@@ -214,8 +214,8 @@ class Attention:
             q: [T, H, D].
             k: [T, K, D]. (Of a cross layer: the encoder's new tokens.) A layer with `writes_kv=False` needs none, and
                 does not look at them; nor does a step that `write` has written into this cache.
-            v: [T, K, Dv], likewise. Finite: a NaN may reach earlier rows of its own sequence, which are masked from it by
-                a product with 0; it reaches no other sequence.
+            v: [T, K, Dv], likewise. Finite: a NaN may reach earlier rows of its own sequence (masked by a product
+                with 0), and reaches no other sequence.
             cache: the layer's cache. None only for an encoder layer.
             out: [T, H, Dv] to write into, of the library that q is of.
             return_lse: also return the log-sum-exp, natural log, f32[T, H]; it includes the sink.
