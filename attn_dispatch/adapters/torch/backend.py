@@ -109,7 +109,7 @@ class TorchBackend(Backend):
 
     def plan(self, spec: AttentionSpec, metadata: AttentionMetadata) -> DevicePlan:
         """Prepare a step. On a machine with one device the batch is brought there now, else when it first runs."""
-        plan = DevicePlan(spec=spec, view=metadata.view(spec.kind))
+        plan = DevicePlan(spec=spec, view=metadata.view(spec.kind), backend=self.name)
         self._bring_ahead(plan)
         return plan
 
@@ -121,7 +121,7 @@ class TorchBackend(Backend):
         """
         if not self.capabilities.fixed_plans:
             Backend.fixed_plan(self, spec, metadata, max_seq_len)
-        plan = DevicePlan(spec=spec, view=metadata.view(spec.kind), max_seq_len=max_seq_len)
+        plan = DevicePlan(spec=spec, view=metadata.view(spec.kind), backend=self.name, max_seq_len=max_seq_len)
         if not plan.view.side.has_blocks:
             raise PlanError("a fixed plan is for layers with a cache: the keys of this one are the batch's own")
         check_renewable(plan.view, plan.view, max_seq_len)
