@@ -6,10 +6,11 @@ head size, `M` blocks per sequence. `i32[S + 1]` is a host array unless said oth
 """
 
 from attn_dispatch.contract.arrays import Array
+from attn_dispatch.contract.batch_view import BatchView
 from attn_dispatch.contract.kv_cache import KVCache
 from attn_dispatch.contract.layer import LayerParameters
 from attn_dispatch.contract.layout import HND, NHD, CacheLayout, layout_named, register_layout
-from attn_dispatch.contract.metadata import AttentionMetadata, BatchView
+from attn_dispatch.contract.metadata import AttentionMetadata
 from attn_dispatch.contract.side import Side
 from attn_dispatch.contract.spec import AttentionSpec, CacheGeometry
 

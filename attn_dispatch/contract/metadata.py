@@ -10,62 +10,16 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from attn_dispatch.contract.side import I32, I64, Side, as_lengths, as_slots, as_table, start_loc_of
+from attn_dispatch.contract.batch_view import BatchView
+from attn_dispatch.contract.host_arrays import I32, I64, as_lengths, as_slots, as_table, exact, start_loc_of
+from attn_dispatch.contract.side import Side
 from attn_dispatch.contract.spec import DEFAULT_BLOCK_SIZE, Kind
 from attn_dispatch.errors import MetadataError
 
-__all__ = ["AttentionMetadata", "BatchView"]
+__all__ = ["AttentionMetadata"]
 
 Lengths = Sequence[int] | npt.NDArray[np.integer]
 Tables = Sequence[Sequence[int]] | npt.NDArray[np.integer]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class BatchView:
-    """The batch as one kind of layer sees it: rows of queries, and the side that has the keys.
-
-    A decoder layer reads the sequences' own side, a cross layer the encoder's, an encoder layer its own tokens. What
-    differs is resolved here, so that a backend has one shape of input for all three.
-    """
-
-    query_start_loc: I32  # i32[S + 1], rows of q per sequence
-    kv_lens: I32  # i32[S], keys that each sequence attends to
-    side: Side
-
-    @property
-    def new_start_loc(self) -> I32:
-        """Rows of k and v per sequence, i32[S + 1]."""
-        return self.side.start_loc
-
-    @cached_property
-    def query_lens(self) -> I32:
-        """Query rows of each sequence, i32[S]."""
-        return self.query_start_loc[1:] - self.query_start_loc[:-1]
-
-    @cached_property
-    def max_query_len(self) -> int:
-        """The longest of `query_lens`."""
-        return int(self.query_lens.max(initial=0))
-
-    @cached_property
-    def max_kv_len(self) -> int:
-        """The longest of `kv_lens`."""
-        return int(self.kv_lens.max(initial=0))
-
-    @property
-    def num_seqs(self) -> int:
-        """S."""
-        return len(self.kv_lens)
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of q, T."""
-        return int(self.query_start_loc[-1])
-
-    @property
-    def num_new(self) -> int:
-        """Rows of k and v."""
-        return self.side.num_rows
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -401,25 +355,11 @@ def _checked_side(
         prefix,
         block_size,
         start,
-        _exact(f"{prefix}seq_lens", lens, np.int32, 1).copy(),
-        _exact(f"{prefix}block_table", table, np.int32, 2),
-        _exact(f"{prefix}slot_mapping", slots, np.int64, 1).copy(),
+        exact(f"{prefix}seq_lens", lens, np.int32, 1).copy(),
+        exact(f"{prefix}block_table", table, np.int32, 2),
+        exact(f"{prefix}slot_mapping", slots, np.int64, 1).copy(),
         shared_writes=shared_writes,
     )
-
-
-def _exact(name: str, array: object, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
-    """Refuse what is not a plain host array of this type and rank; return it."""
-    if type(array) is not np.ndarray:
-        raise MetadataError(
-            f"{name} must be a plain numpy array on the host, not {type(array).__module__}.{type(array).__name__}"
-        )
-    # (A type of the other byte order is not equal to the native one.)
-    if array.dtype != dtype or array.ndim != ndim:
-        raise MetadataError(
-            f"{name} must be {np.dtype(dtype).name} with {ndim} axes, found {array.dtype} of shape {array.shape}"
-        )
-    return array
 
 
 def _block_size(value: object) -> int:
@@ -435,7 +375,7 @@ def _same_count(name: str, length: int, expected: int) -> None:
 
 def _check_start_loc(name: str, start: object) -> I32:
     """Check an array of offsets and return a copy."""
-    offsets = _exact(name, start, np.int32, 1).copy()
+    offsets = exact(name, start, np.int32, 1).copy()
     if len(offsets) < 1 or offsets[0] != 0:
         raise MetadataError(f"{name} must begin with 0 and have one entry more than there are sequences")
     lens = np.diff(offsets)
