@@ -127,12 +127,13 @@ def _triton_programs() -> Any:
     if find_spec("attn_dispatch_triton") is None or not targets:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "attn_dispatch_triton.compile_cell", "--targets", *targets, "--output", folder]
+        check = [sys.executable, "-m", "platforms.triton.evidence.compile_check"]
+        file = Path(folder) / "triton.json"
+        command = [*check, "--targets", ",".join(targets), "--output", "", "--json", str(file)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        files = sorted(Path(folder).glob("*.json"))
-        if not files:
+        if not file.exists():
             return {"error": f"status {done.returncode}: {(done.stdout + done.stderr).strip()[-1000:]}"}
-        return json.loads(files[0].read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 def write(report: dict[str, Any], folder: Path, stem: str) -> list[Path]:

@@ -88,7 +88,7 @@ def check(backend: RocmBackend, package: Package, page: int, stub: SignatureStub
     def run(case: Case) -> str:
         before = stub.calls.total()
         run_case(backend, case, mutations=False)  # that mistakes are noticed is shown by the tests
-        if stub.calls.total() == before:
+        if stub.calls.total() == before and any(case.new):
             raise ConformanceError("the vendor was not called")
         return "computed"
 

@@ -1,4 +1,4 @@
-"""What kernels are compiled for, of a spec. One place, for launches and for the compile cell. No vendor."""
+"""What kernels are compiled for, of a spec. One place, for launches and for the compile check. No vendor."""
 
 from __future__ import annotations
 

@@ -7,20 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from attn_dispatch.adapters.batch import split_decodes
 from attn_dispatch.contract import AttentionSpec, BatchView
-from attn_dispatch.errors import PlanError
 
-__all__ = ["DECODE_TOKENS", "Work", "fits_into", "longest_span", "num_splits", "split_work", "tiles_of"]
+__all__ = ["DECODE_TOKENS", "TiledRows", "decodes_and_prefills", "longest_span", "num_splits", "tile_rows"]
 
 I32 = npt.NDArray[np.int32]
+Sequences = npt.NDArray[np.intp]
 
 DECODE_TOKENS = 8
 """A sequence with at most so many new tokens (drafts to verify) is decoded: its keys are split, not its rows."""
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """Some sequences of a batch, cut into tiles.
+class TiledRows:
+    """The query rows of some sequences, cut into tiles.
 
     Attributes:
         sequence: i32[tiles].
@@ -35,24 +36,21 @@ class Work:
         return len(self.sequence)
 
 
-def split_work(view: BatchView) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def decodes_and_prefills(view: BatchView) -> tuple[Sequences, Sequences]:
     """Return the sequences that are decoded and those that are prefilled; without new tokens one is neither."""
-    lens = view.query_lens
-    return np.flatnonzero((lens > 0) & (lens <= DECODE_TOKENS)), np.flatnonzero(lens > DECODE_TOKENS)
+    return split_decodes(view.query_lens, DECODE_TOKENS)
 
 
-def tiles_of(sequences: npt.NDArray[np.intp], view: BatchView, group: int, block_rows: int) -> Work:
+def tile_rows(sequences: Sequences, view: BatchView, group: int, block_rows: int) -> TiledRows:
     """Cut sequences into tiles of `block_rows` rows; a row is one token of one of `group` heads."""
     counts = -(-view.query_lens[sequences] * group // block_rows)
     owner = np.repeat(sequences, counts).astype(np.int32)
     first = np.repeat(np.cumsum(counts) - counts, counts)
     row = (np.arange(len(owner)) - first) * block_rows
-    return Work(owner, row.astype(np.int32))
+    return TiledRows(owner, row.astype(np.int32))
 
 
-def longest_span(
-    sequences: npt.NDArray[np.intp], view: BatchView, spec: AttentionSpec, capacity: int | None = None
-) -> int:
+def longest_span(sequences: Sequences, view: BatchView, spec: AttentionSpec, capacity: int | None = None) -> int:
     """Return the most keys that one of these sequences reads: all that it has, or what its window leaves.
 
     Args:
@@ -79,19 +77,3 @@ def num_splits(span: int, block_keys: int, programs: int, processors: int) -> in
     """
     wanted = -(-2 * processors // max(programs, 1))
     return max(1, min(wanted, span // (2 * block_keys), 128))
-
-
-def fits_into(shape: BatchView, view: BatchView, capacity: int) -> None:
-    """Check that a batch has the shape of another, and no more keys than a plan has room for.
-
-    Raises:
-        PlanError: it does not.
-    """
-    if not np.array_equal(shape.query_start_loc, view.query_start_loc) or shape.num_new != view.num_new:
-        raise PlanError(
-            f"a fixed plan keeps its shape: {shape.num_tokens} query rows in {len(shape.kv_lens)} sequences and "
-            f"{shape.num_new} new keys; this batch has {view.num_tokens} in {len(view.kv_lens)} and {view.num_new}, or "
-            "divides them otherwise"
-        )
-    if view.max_kv_len > capacity:
-        raise PlanError(f"a sequence has {view.max_kv_len} tokens, the plan has room for {capacity}")

@@ -1,6 +1,6 @@
 """GPUs that Triton compiles for, and what a kernel may take of each. No vendor.
 
-Triton's compiler does not hold a kernel against the target's shared memory: the compile cell does, with this table.
+Triton's compiler does not hold a kernel against the target's shared memory: the compile check does, with this table.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 __all__ = ["INTERPRETER", "LARGEST_EXACT_HEAD", "LARGEST_HEAD", "TARGETS", "Target", "target_of"]
 
 LARGEST_HEAD = 1024
-"""Beyond it even the smallest tile spills registers on every GPU, or does not fit (the compile cell shows both)."""
+"""Beyond it even the smallest tile spills registers on every GPU, or does not fit (the compile check shows both)."""
 
 LARGEST_EXACT_HEAD = 512
 """The same of float32 operands: at 1024 they need 128 KiB of shared memory, and spill."""

@@ -1,6 +1,6 @@
 """How much of a batch one program of a kernel takes, by kind of GPU: as many rows as leave every register in place.
 
-The numbers come from the compile cell: the largest tiles of each kind of GPU that spilled nothing, or, for wide heads
+The numbers come from the compile check: the largest tiles of each kind of GPU that spilled nothing, or, for wide heads
 on RDNA, the least. They fit the shared memory of the smallest GPU of their family.
 """
 

@@ -18,7 +18,7 @@ from attn_dispatch.conformance.findings import ConformanceError
 from attn_dispatch.dispatch import registry
 from attn_dispatch.errors import EnvironmentVariableError
 from attn_dispatch_triton import fixed_maximum as level_of
-from attn_dispatch_triton import kernels, launch
+from attn_dispatch_triton import kernels, paged_call
 from attn_dispatch_triton.paged import PagedBackend, interpreted
 
 CASE = {case.name: case for case in CASES}
@@ -47,7 +47,7 @@ def backend() -> PagedBackend:
 @pytest.fixture
 def splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys of every decode are split, so that `decode` computes it."""
-    monkeypatch.setattr(launch, "num_splits", lambda *_: 3)
+    monkeypatch.setattr(paged_call, "num_splits", lambda *_: 3)
 
 
 class Launches(list[Mapping[str, Any]]):

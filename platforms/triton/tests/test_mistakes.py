@@ -107,7 +107,7 @@ MISTAKES = {
         "sums / share[:, None]",
         "int8 cache, scaled",
     ),
-    "the key's scale": ("launch.py", "spec.scale * scales[0]", "spec.scale", "int8 cache, scaled"),
+    "the key's scale": ("paged_call.py", "spec.scale * layer.k_scale", "spec.scale", "int8 cache, scaled"),
     "a grouped head's neighbour": (
         "kernels.py",
         "rows // GROUP + offset, lowest",
@@ -115,9 +115,9 @@ MISTAKES = {
         "heads 8/2",
     ),
     "values are written where keys are": (
-        "launch.py",
-        "_write(step, v, store.value,",
-        "_write(step, k, store.value,",
+        "paged_call.py",
+        "_write(batch.slots, v, cache.value,",
+        "_write(batch.slots, k, cache.value,",
         "type float32",
     ),
 }

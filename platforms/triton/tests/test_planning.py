@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import attn_dispatch as ad
 from attn_dispatch.contract import BatchView
 from attn_dispatch_triton.constants import attend_constants, compute_type, tile_sizes
-from attn_dispatch_triton.planning import DECODE_TOKENS, longest_span, num_splits, split_work, tiles_of
+from attn_dispatch_triton.planning import DECODE_TOKENS, decodes_and_prefills, longest_span, num_splits, tile_rows
 from attn_dispatch_triton.targets import LARGEST_EXACT_HEAD, LARGEST_HEAD, TARGETS, Target, target_of
 from attn_dispatch_triton.tiles import Tiles, decode_tiles, padded, prefill_tiles
 
@@ -140,13 +140,13 @@ def test_every_row_is_in_one_tile(data: st.DataObject) -> None:
     query_lens = data.draw(st.lists(st.integers(0, 70), min_size=1, max_size=9))
     group, block_rows = data.draw(st.sampled_from([1, 3, 4, 8])), data.draw(st.sampled_from([16, 32, 128]))
     view = view_of(query_lens, [n + data.draw(st.integers(0, 40)) for n in query_lens])
-    decoded, prefilled = split_work(view)
+    decoded, prefilled = decodes_and_prefills(view)
     assert sorted([*decoded, *prefilled]) == [s for s, n in enumerate(query_lens) if n]
     assert all(query_lens[s] <= DECODE_TOKENS for s in decoded)
     assert all(query_lens[s] > DECODE_TOKENS for s in prefilled)
     seen: list[tuple[int, int]] = []
     for sequences in (decoded, prefilled):
-        work = tiles_of(sequences, view, group, block_rows)
+        work = tile_rows(sequences, view, group, block_rows)
         assert len(work) == len(work.row)
         for s, first in zip(work.sequence.tolist(), work.row.tolist(), strict=True):
             seen += [(s, row) for row in range(first, min(first + block_rows, query_lens[s] * group))]

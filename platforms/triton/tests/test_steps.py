@@ -11,10 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attn_dispatch as ad
+from attn_dispatch.adapters.torch.plan import DevicePlan
 from attn_dispatch.dispatch import registry
 from attn_dispatch.errors import PlanError
-from attn_dispatch_triton import launch
-from attn_dispatch_triton.paged import PagedBackend, PagedPlan, interpreted
+from attn_dispatch_triton import paged_call
+from attn_dispatch_triton.paged import PagedBackend, interpreted
 
 MOST = 192
 SPEC = ad.AttentionSpec(num_heads=4, num_kv_heads=2, head_size=16, dtype="float32", block_size=16, returns_lse=True)
@@ -67,10 +68,10 @@ def test_a_fixed_plan_is_renewed(backend: PagedBackend, query_lens: list[int], s
         caches[0].arrays[name].normal_()
         caches[1].arrays[name].copy_(caches[0].arrays[name])
     fixed = backend.fixed_plan(SPEC, batch(query_lens, steps[0]), MOST)
-    (step,) = fixed.steps.values()
-    read = [step.query_start, step.kv_lens, step.key_start, step.table, step.slots]
-    places = [x.data_ptr() for x in read if x is not None]
-    assert len(places) == 5
+    (on_device,) = fixed.batches.values()
+    read = [*on_device.sequences, on_device.slots]
+    addresses = [x.data_ptr() for x in read if x is not None]
+    assert len(addresses) == 5
     for number, lens in enumerate(steps):
         metadata = batch(query_lens, lens)
         inputs = rows(sum(query_lens), number)
@@ -81,15 +82,15 @@ def test_a_fixed_plan_is_renewed(backend: PagedBackend, query_lens: list[int], s
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
         for name in ("key", "value"):
             assert torch.equal(caches[0].arrays[name], caches[1].arrays[name])
-        assert fixed.steps == {next(iter(fixed.steps)): step}
-        assert [x.data_ptr() for x in read if x is not None] == places
+        assert list(fixed.batches.values()) == [on_device]
+        assert [x.data_ptr() for x in read if x is not None] == addresses
         assert fixed.highest_block == metadata.view("decoder").side.highest_block
 
 
 def test_a_batch_that_does_not_fit_changes_nothing(backend: PagedBackend) -> None:
     fixed = backend.fixed_plan(SPEC, batch([1, 1], [5, 9]), 64)
-    (step,) = fixed.steps.values()
-    before = [array.copy() for array in step.packed.arrays]
+    (on_device,) = fixed.batches.values()
+    before = {name: tensor.clone() for name, tensor in on_device.tensors.items()}
     for query_lens, lens in (([1, 2], [5, 9]), ([1], [5]), ([2, 0], [5, 9])):
         with pytest.raises(PlanError, match="keeps its shape"):
             fixed.renew(batch(query_lens, lens))
@@ -97,7 +98,7 @@ def test_a_batch_that_does_not_fit_changes_nothing(backend: PagedBackend) -> Non
         fixed.renew(batch([1, 1], [5, 65]))
     with pytest.raises(PlanError, match="block_size=32"):
         fixed.renew(ad.AttentionMetadata.build([1, 1], [5, 9], [[0], [1]], 32))
-    with pytest.raises(PlanError, match="only a fixed plan"):
+    with pytest.raises(PlanError, match="for one batch"):
         backend.plan(SPEC, batch([1, 1], [5, 9])).renew(batch([1, 1], [6, 10]))
     with pytest.raises(PlanError, match="room for 64"):
         backend.fixed_plan(SPEC, batch([1], [65]), 64)
@@ -105,7 +106,7 @@ def test_a_batch_that_does_not_fit_changes_nothing(backend: PagedBackend) -> Non
     alone = ad.AttentionMetadata.build([4], [4], None, 16, encoder_query_lens=[4], encoder_seq_lens=[4])
     with pytest.raises(PlanError, match="layers with a cache"):
         backend.fixed_plan(encoder, alone, 64)
-    assert all((array == old).all() for array, old in zip(step.packed.arrays, before, strict=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in on_device.tensors.items())
 
 
 class Recorded(TorchDispatchMode):
@@ -128,9 +129,9 @@ def test_a_plan_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
     view = batch([1, 1, 30], [70, 17, 64]).view("decoder")
     with Recorded() as seen:
-        step = launch.step_on(SPEC, view, torch.device("meta"), True)
-    assert len(step.launches) == 2
-    assert step.table.is_meta
+        on_device = paged_call.PagedBatch(DevicePlan(spec=SPEC, view=view), torch.device("meta"), paged=True)
+    assert len(on_device.launches) == 2
+    assert on_device.sequences[3].is_meta
     assert seen.names.count("_to_copy") + seen.names.count("copy_") == 1
 
 
@@ -150,7 +151,8 @@ def test_run_waits_for_nothing(backend: PagedBackend, monkeypatch: pytest.Monkey
         def __getitem__(self, grid: object) -> Any:
             return lambda *_, **__: launched.append(self.name)
 
-    monkeypatch.setattr(launch, "kernels", SimpleNamespace(**{n: Launcher(n) for n in launch.kernels.__all__}))
+    names = paged_call.kernels.__all__
+    monkeypatch.setattr(paged_call, "kernels", SimpleNamespace(**{name: Launcher(name) for name in names}))
     with Recorded() as seen:
         attn.run(plan, *inputs, cache)
     assert launched == ["write", "write", "decode", "merge", "prefill"]
@@ -163,12 +165,32 @@ def test_run_waits_for_nothing(backend: PagedBackend, monkeypatch: pytest.Monkey
 
 def test_a_plan_is_renewed_wherever_it_is(backend: PagedBackend) -> None:
     fixed = backend.fixed_plan(SPEC, batch([1], [5]), 64)
-    assert isinstance(fixed, PagedPlan)
-    assert fixed.capacity == 64
+    assert fixed.max_seq_len == 64
     attn, inputs = ad.attention(SPEC, backend), rows(1, 0)
-    fixed.steps.clear()  # as on a device that it was not made for
+    fixed.batches.clear()  # as on a device that it was not made for
     fixed.renew(batch([1], [7]))
     caches = [attn.allocate(PAGES) for _ in range(2)]
     found = attn.run(fixed, *inputs, caches[0])
-    assert fixed.steps
+    assert fixed.batches
     torch.testing.assert_close(found, attn.run(attn.plan(batch([1], [7])), *inputs, caches[1]))
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64], ids=str)
+def test_torchs_defaults_change_nothing(backend: PagedBackend, default: Any) -> None:
+    """With `torch.set_default_device` host buffers are still host memory, and what is made lies beside the queries."""
+    attn, inputs, metadata = ad.attention(SPEC, backend), rows(4, 0), batch([3, 1], [20, 9])
+    caches = [attn.allocate(2 * PAGES, device()) for _ in range(2)]
+    expected = attn.run(attn.plan(metadata), *inputs, caches[0], return_lse=True)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device(default) if isinstance(default, str) else torch.set_default_dtype(default)
+        fixed = backend.fixed_plan(SPEC, metadata, 64)
+        fixed.renew(metadata)
+        for plan in (attn.plan(metadata), fixed):
+            out, lse = attn.run(plan, *inputs, caches[1], return_lse=True)
+            assert out.device == lse.device == inputs[0].device
+            assert torch.equal(out, expected[0])
+            assert torch.equal(lse, expected[1])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)

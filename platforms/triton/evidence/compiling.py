@@ -5,12 +5,15 @@ Triton must not interpret: `TRITON_INTERPRET` is unset before this is imported.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attn_dispatch.adapters.environment import make_cache_folder
 from attn_dispatch.contract import AttentionSpec
-
-from . import kernels
-from .constants import attend_constants, pass_constants, tile_sizes
-from .fixed_maximum import level_constants
-from .targets import Target
-from .tiles import Tiles, decode_tiles, padded, prefill_tiles
+from attn_dispatch_triton import kernels
+from attn_dispatch_triton.constants import attend_constants, pass_constants, tile_sizes
+from attn_dispatch_triton.fixed_maximum import level_constants
+from attn_dispatch_triton.targets import Target
+from attn_dispatch_triton.tiles import Tiles, decode_tiles, padded, prefill_tiles
 
 __all__ = ["KERNELS", "Compiled", "compile_kernel"]
 
@@ -69,6 +72,7 @@ def compile_kernel(
     paged: bool = True,
     tiles: Tiles | None = None,
     level: float | None = None,
+    anew: bool = True,
 ) -> Compiled:
     """Compile one of `KERNELS` as a launch for this spec would have it.
 
@@ -79,6 +83,7 @@ def compile_kernel(
         paged: keys are in a cache.
         tiles: others than a launch would choose.
         level: the fixed maximum of `decode`; None: a running one.
+        anew: compile it even if this very program was compiled and measured before.
 
     Raises:
         Exception: whatever Triton, LLVM or ptxas has against it.
@@ -97,13 +102,45 @@ def compile_kernel(
     }
     source = ASTSource(function, signature, constants, attributes)
     warps = {"merge": 1, "write": 4}.get(name, tiles.warps)
+    file = _file_of(source, target, warps)
+    if not anew and (before := _measured_before(file)) is not None:
+        return before
     began = time.monotonic()
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     result = triton.compile(source, target=gpu, options={"num_warps": warps})
     seconds = time.monotonic() - began
     shared = int(result.metadata.shared)
-    found = (_cuda if target.backend == "cuda" else _amd)(result, target, warps, shared)
-    return Compiled(**found, shared_bytes=shared, seconds=round(seconds, 2))
+    measured = (_cuda if target.backend == "cuda" else _amd)(result, target, warps, shared)
+    compiled = Compiled(**measured, shared_bytes=shared, seconds=round(seconds, 2))
+    _keep(compiled, file)
+    return compiled
+
+
+def _file_of(source: ASTSource, target: Target, warps: int) -> Path:
+    """Return where what was measured of a program is kept, by everything that shapes it and its measuring."""
+    # Triton's variables change what it compiles; the folder of its own cache does not, and is another one each time.
+    variables = sorted(f"{name}={value}" for name, value in os.environ.items() if _shapes(name))
+    measuring = Path(__file__).read_text(encoding="utf-8")
+    parts = [triton.__version__, source.hash(), repr(target), str(warps), *variables, measuring]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return make_cache_folder("triton", "compile-check") / f"{digest[:32]}.json"
+
+
+def _shapes(variable: str) -> bool:
+    return variable.startswith(("TRITON_", "LLVM_", "DISABLE_LLVM")) and variable != "TRITON_CACHE_DIR"
+
+
+def _measured_before(file: Path) -> Compiled | None:
+    try:
+        return Compiled(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(result: Compiled, file: Path) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as whole:
+        json.dump(asdict(result), whole)
+    Path(whole.name).replace(file)
 
 
 def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool, level: float | None) -> dict[str, Any]:
@@ -115,9 +152,9 @@ def _constants(name: str, spec: AttentionSpec, tiles: Tiles, paged: bool, level:
     if name == "write":
         width = spec.head_size
         return {"BLOCK_SIZE": spec.block_size, "WIDTH": width, "ROWS": 16, "BLOCK_WIDTH": padded(width)}
-    found = {**attend_constants(spec, paged, False), **pass_constants(spec, tiles)}
-    found["COMPUTE"] = language.get(found["COMPUTE"], triton.language.bfloat16)
-    return found | (level_constants(spec, paged, level) if name == "decode" else ends)
+    constants = {**attend_constants(spec, paged, False), **pass_constants(spec, tiles)}
+    constants["COMPUTE"] = language.get(constants["COMPUTE"], triton.language.bfloat16)
+    return constants | (level_constants(spec, paged, level) if name == "decode" else ends)
 
 
 def _type(name: str, spec: AttentionSpec, paged: bool) -> str:
@@ -139,8 +176,8 @@ def _cuda(result: Any, target: Target, warps: int, shared: int) -> Mapping[str, 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _said(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        code = _said(tools / "nvdisasm", "-c", file.name)
+        usage = _output_of(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _output_of(tools / "nvdisasm", "-c", file.name)
     registers = re.findall(r"\bREG:(\d+)", usage)
     if not registers:
         raise RuntimeError(f"cuobjdump names no registers: {usage[:200]}")
@@ -158,7 +195,7 @@ def _cuda(result: Any, target: Target, warps: int, shared: int) -> Mapping[str, 
     }
 
 
-def _said(*command: str | Path) -> str:
+def _output_of(*command: str | Path) -> str:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
 
 

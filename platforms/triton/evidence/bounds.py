@@ -1,12 +1,13 @@
-"""What a compiled kernel may take of a target: the bounds of the compile cell."""
+"""What a compiled kernel may take of a target: the bounds of the compile check."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .constants import compute_type
+from attn_dispatch_triton.constants import compute_type
+from attn_dispatch_triton.targets import Target
+
 from .matrix import Row
-from .targets import Target
 
 if TYPE_CHECKING:
     from .compiling import Compiled

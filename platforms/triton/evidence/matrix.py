@@ -1,4 +1,4 @@
-"""What the compile cell compiles: kernels, for layers. No vendor."""
+"""What the compile check compiles: kernels, for layers. No vendor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attn_dispatch.contract import AttentionSpec
-
-from .tiles import SMALLEST, Tiles
+from attn_dispatch_triton.tiles import SMALLEST, Tiles
 
 __all__ = ["Row", "rows"]
 
