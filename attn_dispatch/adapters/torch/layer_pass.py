@@ -79,7 +79,7 @@ class Vendor(Protocol):
         """Whether its function takes this layer's sinks; otherwise they are added to what it returns."""
 
     def attend(self, call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output [T, H, Dv], and when wanted the LSE, natural, f32[T, H]."""
+        """Return the output [T, H, Dv], and when wanted the LSE, natural, f32[T, H] (f64 of a float64 layer)."""
 
 
 def empty_result(call: Call) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +119,7 @@ def run_pass(
     if not call.return_lse:
         return result
     assert lse is not None
-    return result, lse
+    return result, lse.float()
 
 
 def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torc
         sinks: f32[H].
     """
     out.mul_(torch.sigmoid(lse - sinks).unsqueeze(-1))
-    return torch.logaddexp(lse, sinks.expand_as(lse))
+    return torch.logaddexp(lse, sinks.to(lse.dtype).expand_as(lse))
 
 
 def _rows(array: torch.Tensor, contiguous: bool) -> torch.Tensor:

@@ -32,7 +32,7 @@ def attend(call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend, one sequence after the other, in float32 (in float64 where the layer is)."""
     batch, out = call.batch, call.output()
     compute = torch.promote_types(call.q.dtype, torch.float32)
-    lse = call.q.new_empty(out.shape[:2], dtype=torch.float32) if call.return_lse else None
+    lse = call.q.new_empty(out.shape[:2], dtype=compute) if call.return_lse else None
     key, value = (x.flatten(0, 1) if batch.paged else x for x in (call.key, call.value))
     for s in range(batch.host.num_seqs):
         # Lengths are read on the device in a fixed plan; this kernel, which is no vendor's, reads the host's.
@@ -41,7 +41,7 @@ def attend(call: DeviceCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         result, sums = _attend_one(call, *(x.to(compute) for x in (call.q[rows], key[slots], value[slots])))
         out[rows] = result.to(out.dtype)
         if lse is not None:
-            lse[rows] = sums.float()
+            lse[rows] = sums
     return out, lse
 
 
