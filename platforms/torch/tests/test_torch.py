@@ -90,11 +90,16 @@ def test_the_kits_rounded_computation_errs_like_torch(dtype: str) -> None:
         if case.feature not in features or case.spec.dtype != dtype:
             continue
         problem = make_problem(case)
-        layer = LayerParameters(case.spec, **problem.parameters)
-        exact, _ = problem.solve(attend, case.spec, layer, problem.keys, problem.values)
-        rounded, _ = problem.solve(attend_rounded, case.spec, layer, problem.keys, problem.values)
-        torchs, _ = problem.solve(eager, case.spec, layer, problem.keys, problem.values)
-        errors.append((np.abs(rounded - exact).max(), np.abs(torchs - exact).max()))
+        stored = ([x.astype(np.float64) for x in side] for side in (problem.keys, problem.values))
+        reading = problem.reading(*stored)
+        # Long sequences are for kernels, and many: what rounding does shows in the short ones.
+        sequences = [s for s, n in enumerate(problem.view.query_lens) if n and problem.view.kv_lens[s] <= 1000][:4]
+        exact, rounded, torchs = (
+            [reading.solve(problem.view, s, function)[0] for s in sequences]
+            for function in (attend, attend_rounded, eager)
+        )
+        for right, ours, theirs in zip(exact, rounded, torchs, strict=True):
+            errors.append((np.abs(ours - right).max(), np.abs(theirs - right).max()))
     assert errors
     ours, theirs = (np.mean(side) for side in zip(*errors, strict=True))
     assert 0.4 < ours / theirs < 2.5, (ours, theirs)
